@@ -1,0 +1,203 @@
+"""The `mamba_amp` backend: Mamba, Mamba-2 and any other causal LM in lm-eval, in a precision that means one thing.
+
+    lm_eval --model mamba_amp --model_args pretrained=state-spaces/mamba-130m-hf,dtype=bf16 --tasks icl_gap
+
+It is lm-eval's `hf` backend (`HFLM`) with another loader (`peft_mamba.checkpoints`), fp32 weights under autocast
+instead of cast weights, log-probabilities in fp32, adapters checked against the model, and an error where a score would
+be NaN.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from peft_mamba import checkpoints
+from peft_mamba.adapter_io import SavedAdapter
+from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
+from peft_mamba.precision import Precision, PrecisionError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CHECKPOINT = "mini"
+
+# Arguments of HFLM that would make a run something else than its precision says; each with what to use instead.
+_REFUSED = {
+    "mixed_precision_dtype": "dtype (fp32 weights under autocast to that dtype)",
+    "softmax_dtype": "nothing: log-probabilities are always fp32",
+    "load_in_8bit": "--model hf: weights quantised to 8 bit are not fp32 weights",
+    "load_in_4bit": "--model hf: weights quantised to 4 bit are not fp32 weights",
+    "quantization_config": "--model hf: quantised weights are not fp32 weights",
+    "autogptq": "--model hf: quantised weights are not fp32 weights",
+    "gptqmodel": "--model hf: quantised weights are not fp32 weights",
+    "gguf_file": "--model hf: quantised weights are not fp32 weights",
+}
+
+
+@register_model("mamba_amp")
+class MambaAMP(HFLM):
+    """lm-eval backend for Mamba, Mamba-2 and other causal LMs under mixed precision.
+
+    Args:
+        pretrained: hub id, local directory (transformers or original state-spaces format), `mini` or `mini-2`
+            (embedded; the default is `mini`), or a loaded `PreTrainedModel`.
+        dtype: fp32 (default), fp16 or bf16: fp32 weights, autocast to this dtype, log-probabilities in fp32.
+        weights_dtype: cast the weights to this dtype and use no autocast. Not together with `dtype`.
+        tokenizer: hub id, local directory or tokenizer; default the checkpoint's own, and GPT-NeoX's for checkpoints in
+            the original format that have none.
+        peft: local directory or hub id of a PEFT adapter; applied in full or refused.
+        device: default CUDA where there is one, else the CPU.
+        **kwargs: everything else that lm-eval's `hf` backend takes (`batch_size`, `max_length`, …).
+
+    Raises:
+        PrecisionError, CheckpointError, AdapterError: before a model is loaded, as far as the files tell.
+        NonFiniteError: during scoring, when a log-probability is NaN; names the first layer that produced it.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | transformers.PreTrainedModel | None = None,
+        dtype: str | torch.dtype | None = None,
+        weights_dtype: str | torch.dtype | None = None,
+        tokenizer: Any = None,
+        revision: str | None = "main",
+        peft: str | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, instead in _REFUSED.items():
+            if kwargs.get(name):
+                raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
+        self.precision = Precision.parse(dtype, weights_dtype)
+        if pretrained is None:
+            logger.info("pretrained is not given: evaluating the embedded checkpoint '%s'.", DEFAULT_CHECKPOINT)
+            pretrained = DEFAULT_CHECKPOINT
+        if isinstance(pretrained, str):
+            if tokenizer is None:
+                tokenizer = checkpoints.tokenizer_source(pretrained, revision)
+        elif pretrained.dtype != self.precision.weights:
+            raise PrecisionError(
+                f"the model given as pretrained has {pretrained.dtype} weights, {self.precision.name} needs "
+                f"{self.precision.weights}. Load it in that dtype, or give weights_dtype={pretrained.dtype}."
+            )
+        super().__init__(
+            pretrained=pretrained,
+            dtype=self.precision.weights,
+            softmax_dtype=self.precision.softmax,
+            mixed_precision_dtype=self.precision.autocast,  # HFLM would switch off an autocast around its own
+            tokenizer=tokenizer,
+            revision=revision,
+            peft=peft,
+            # HFLM's own default is CUDA, also on machines without it
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            **kwargs,
+        )
+        if isinstance(pretrained, str):
+            self.pretrained = checkpoints.resolve(pretrained)  # lm-eval asks the hub for the commit of this name
+        # HFLM learns its rank only where a machine has several CUDA devices; this covers CPUs and one GPU a process.
+        if self.world_size == 1 and getattr(self, "accelerator", None) is not None:
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.rank == 0:
+            logger.info("precision %s", self.precision)
+            logger.info("kernels %s", self.kernel_path)
+
+    @property
+    def kernel_path(self) -> str:
+        return "transformers"
+
+    # loading
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        self._config = checkpoints.load_config(pretrained, **kwargs)
+
+    def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
+        if backend == "seq2seq":
+            raise checkpoints.CheckpointError("mamba_amp evaluates causal LMs; use --model hf for backend=seq2seq.")
+        self.backend = "causal"
+        self.AUTO_MODEL_CLASS = checkpoints.AutoMambaForCausalLM
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, revision: str | None = "main", **kwargs: Any) -> None:
+        # A revision is the checkpoint's; a tokenizer from elsewhere has not got it.
+        super()._create_tokenizer(
+            pretrained, tokenizer, revision=revision if tokenizer in (None, pretrained) else "main", **kwargs
+        )
+
+    def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
+        self.precision.check_device(self.device)
+        adapter = SavedAdapter.read(peft, revision=kwargs.get("revision")) if peft else None
+        super()._create_model(pretrained, **kwargs)
+        # HFLM would first shrink padded embeddings to the tokenizer's size, and keep silent about adapter weights that
+        # find no layer.
+        if adapter is not None:
+            self._model = adapter.apply(self._model)
+
+    # scoring
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        self._last_input = inps
+        with self.precision.scope(self.device):
+            return super()._model_call(inps, attn_mask, labels)
+
+    def _select_cont_toks(
+        self, logits: torch.Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> torch.Tensor:
+        logits = super()._select_cont_toks(logits, contlen, inplen)
+        # A NaN or +inf logit makes the log-probabilities of its whole position NaN: one column tells.
+        if logits[:, 0].isnan().any():
+            raise self._nonfinite(lambda: self.model(self._last_input))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if scores.isnan().any():
+                raise self._nonfinite(lambda: self.model(input_ids))
+            return scores
+
+        processors = transformers.LogitsProcessorList([refuse_nan])
+        with self.precision.scope(self.device):
+            return super()._model_generate(context, max_length, stop, logits_processor=processors, **kwargs)
+
+    def _nonfinite(self, forward: Any) -> NonFiniteError:
+        with self.precision.scope(self.device):
+            where = first_nonfinite(self.model, forward)
+        hint = " fp16 holds nothing above 65504; try dtype=bf16." if "float16" in str(self.precision.autocast) else ""
+        return NonFiniteError(
+            f"log-probabilities are NaN in {self.precision.name}: "
+            f"{where or 'the forward pass, repeated, was finite'}. No score is reported.{hint}"
+        )
+
+    # results
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's model information and what this backend decided; goes into the results file's `config`."""
+        return super().get_model_info() | {
+            "precision": self.precision.as_dict(),
+            "kernel_path": self.kernel_path,
+            "checkpoint": checkpoints.describe(self.model),
+            "adapter": _describe_adapter(self.model) if self.peft else None,
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    name: version(name)
+                    for name in ("lm-eval-mamba", "lm_eval", "torch", "transformers", "peft", "accelerate")
+                },
+            },
+        }
+
+
+def _describe_adapter(model: Any) -> dict[str, Any]:
+    config = model.peft_config[model.active_adapter]
+    return {
+        "name": model.active_adapter,
+        "type": str(config.peft_type),
+        "base_model": config.base_model_name_or_path,
+        "r": getattr(config, "r", None),
+        "target_modules": sorted(config.target_modules) if isinstance(config.target_modules, set | list) else None,
+    }
