@@ -25,7 +25,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): pyproject.toml constraints.txt buildtools/pth_backend.py buildtools/lm_eval_mamba.pth
+$(INSTALLED): pyproject.toml constraints.txt buildtools/pth_backend.py buildtools/startup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

@@ -6,12 +6,14 @@ an adapter of a deeper model scores as if only half of it existed.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from dataclasses import dataclass
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 
@@ -38,7 +40,7 @@ class SavedAdapter:
         try:
             config = PeftConfig.from_pretrained(source, revision=revision)
             weights = load_peft_weights(source, device="cpu", revision=revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
             raise AdapterError(
                 f"peft={source} is no PEFT adapter that can be read: {error}. Give a directory or hub id with "
                 "adapter_config.json and adapter_model.safetensors."
@@ -66,7 +68,9 @@ class SavedAdapter:
                 warnings.simplefilter("ignore")  # about missing keys; checked in full below
                 adapted = PeftModel.from_pretrained(model, self.source, revision=self.revision, config=self.config)
         except (RuntimeError, ValueError) as error:
-            raise AdapterError(f"peft={self.source} does not fit the model: {error}. {made_for}") from error
+            raise AdapterError(
+                f"peft={self.source} does not fit the model: {str(error).rstrip('.')}. {made_for}"
+            ) from error
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         saved = self.weights.keys() - embeddings
         for problem, names in {

@@ -142,18 +142,9 @@ def test_two_processes_give_the_figures_of_one(tiny, tmp_path, results):
         "    tasks=['icl_gap_mini'], limit=12, batch_size=32, bootstrap_iters=10, task_manager=manager)\n"
         "if results: json.dump(results['groups'], open(sys.argv[2], 'w'))\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(script), str(tiny["mamba2"]), str(tmp_path / "groups.json")]
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(script)]
+    command += [str(tiny["mamba2"]), str(tmp_path / "groups.json")]
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     groups = json.loads((tmp_path / "groups.json").read_text())
     for name, figures in results["groups"].items():
