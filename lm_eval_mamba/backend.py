@@ -2,9 +2,9 @@
 
     lm_eval --model mamba_amp --model_args pretrained=state-spaces/mamba-130m-hf,dtype=bf16 --tasks icl_gap
 
-It is lm-eval's `hf` backend (`HFLM`) with another loader (`peft_mamba.checkpoints`), fp32 weights under autocast
-instead of cast weights, log-probabilities in fp32, adapters checked against the model, and an error where a score would
-be NaN.
+It is lm-eval's `hf` backend (`HFLM`) with another loader (`peft_mamba.checkpoints`), adapter-aware mixers
+(`peft_mamba.mixers`), fp32 weights under autocast instead of cast weights, log-probabilities in fp32, adapters checked
+against the model, and an error where a score would be NaN.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import transformers
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from peft_mamba import checkpoints
-from peft_mamba.adapter_io import SavedAdapter
+from peft_mamba import checkpoints, kernels
+from peft_mamba.adapter_io import AdapterError, SavedAdapter
+from peft_mamba.mixers import mixers_of, use_mixers
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
 from peft_mamba.precision import Precision, PrecisionError
 
@@ -79,14 +80,19 @@ class MambaAMP(HFLM):
         if pretrained is None:
             logger.info("pretrained is not given: evaluating the embedded checkpoint '%s'.", DEFAULT_CHECKPOINT)
             pretrained = DEFAULT_CHECKPOINT
-        if isinstance(pretrained, str):
-            if tokenizer is None:
-                tokenizer = checkpoints.tokenizer_source(pretrained, revision)
-        elif pretrained.dtype != self.precision.weights:
-            raise PrecisionError(
-                f"the model given as pretrained has {pretrained.dtype} weights, {self.precision.name} needs "
-                f"{self.precision.weights}. Load it in that dtype, or give weights_dtype={pretrained.dtype}."
-            )
+        if not isinstance(pretrained, str):
+            if peft is not None:
+                raise AdapterError(
+                    f"peft={peft} goes with the name of a checkpoint; the model given as pretrained is loaded already. "
+                    "Put the adapter on it first, with PeftModel.from_pretrained."
+                )
+            if pretrained.dtype != self.precision.weights:
+                raise PrecisionError(
+                    f"the model given as pretrained has {pretrained.dtype} weights, {self.precision.name} needs "
+                    f"{self.precision.weights}. Load it in that dtype, or give weights_dtype={pretrained.dtype}."
+                )
+            self.precision.check_device(pretrained.device)
+            use_mixers(pretrained)
         super().__init__(
             pretrained=pretrained,
             dtype=self.precision.weights,
@@ -106,11 +112,14 @@ class MambaAMP(HFLM):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.rank == 0:
             logger.info("precision %s", self.precision)
-            logger.info("kernels %s", self.kernel_path)
+            logger.info("kernels %(kernels)s (%(reason)s)", self.kernel_path)
 
     @property
-    def kernel_path(self) -> str:
-        return "transformers"
+    def kernel_path(self) -> dict[str, str]:
+        """Which kernels the mixers run, and why; `transformers` for models without Mamba mixers."""
+        if mixers_of(self.model):
+            return kernels.describe(self.device.type)
+        return {"kernels": "transformers", "reason": f"{type(self.model).__name__} has no Mamba mixer"}
 
     # loading
 
@@ -124,15 +133,18 @@ class MambaAMP(HFLM):
         self.AUTO_MODEL_CLASS = checkpoints.AutoMambaForCausalLM
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, revision: str | None = "main", **kwargs: Any) -> None:
+        if tokenizer is None and isinstance(pretrained, str):
+            tokenizer = checkpoints.tokenizer_source(pretrained, revision, subfolder=kwargs.get("subfolder"))
         # A revision is the checkpoint's; a tokenizer from elsewhere has not got it.
         super()._create_tokenizer(
-            pretrained, tokenizer, revision=revision if tokenizer in (None, pretrained) else "main", **kwargs
+            pretrained, tokenizer, revision=revision if tokenizer == pretrained else "main", **kwargs
         )
 
     def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
         self.precision.check_device(self.device)
         adapter = SavedAdapter.read(peft, revision=kwargs.get("revision")) if peft else None
         super()._create_model(pretrained, **kwargs)
+        use_mixers(self._model)
         # HFLM would first shrink padded embeddings to the tokenizer's size, and keep silent about adapter weights that
         # find no layer.
         if adapter is not None:
