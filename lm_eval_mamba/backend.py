@@ -25,7 +25,7 @@ from peft_mamba.mixers import mixers_of, use_mixers
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
 from peft_mamba.precision import Precision, PrecisionError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # below the logger that lm-eval configures
 
 DEFAULT_CHECKPOINT = "mini"
 

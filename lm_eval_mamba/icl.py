@@ -16,7 +16,7 @@ from lm_eval.api.group import Group
 from lm_eval_mamba.shots import ShotGroup, builtin_tasks, shot_tasks
 from lm_eval_mamba.statistics import Estimate, icl_gap
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # below the logger that lm-eval configures
 
 
 class BenchmarkGap(ShotGroup):

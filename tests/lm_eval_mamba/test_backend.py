@@ -122,7 +122,7 @@ def test_a_loaded_model_is_taken_in_its_own_dtype_only(tiny):
 
 
 def test_without_pretrained_the_embedded_checkpoint_is_used_and_said(caplog):
-    with caplog.at_level(logging.INFO, logger="lm_eval_mamba.backend"):
+    with caplog.at_level(logging.INFO, logger="lm_eval"):
         lm = MambaAMP(device="cpu")
     assert lm.get_model_info()["checkpoint"]["source"] == "mini"
     assert sum("embedded checkpoint 'mini'" in message for message in caplog.messages) == 1
@@ -179,7 +179,7 @@ def adapter(request, tiny, tmp_path_factory):
     """An adapter on modules of the tiny Mamba with non-zero weights; transformers' kernels bypass some of these."""
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny["mamba"])
-    config = peft.LoraConfig(r=1, lora_alpha=8, target_modules=request.param, init_lora_weights=False)
+    config = peft.LoraConfig(r=1, lora_alpha=1000, target_modules=request.param, init_lora_weights=False)
     directory = tmp_path_factory.mktemp("adapter")
     peft.get_peft_model(model, config).save_pretrained(directory)
     return directory

@@ -25,20 +25,19 @@ def our_tasks() -> TaskManager:
     return TaskManager(include_path=str(files("lm_eval_mamba.tasks")), include_defaults=False)
 
 
-def evaluate(checkpoint, **kwargs):
-    kwargs = {"tasks": ["icl_gap_mini"], "limit": 12, "batch_size": 32, "bootstrap_iters": 10} | kwargs
+def evaluate(pretrained="mini-2", **kwargs):
+    defaults = {"tasks": ["icl_gap_mini"], "limit": 20, "batch_size": 32, "bootstrap_iters": 10, "device": "cpu"}
     return lm_eval.simple_evaluate(
         model="mamba_amp",
-        model_args={"pretrained": str(checkpoint)},
-        device="cpu",
+        model_args={"pretrained": pretrained},
         task_manager=our_tasks(),
-        **kwargs,
+        **defaults | kwargs,
     )
 
 
 @pytest.fixture(scope="module")
-def results(tiny):
-    return evaluate(tiny["mamba2"])
+def results():
+    return evaluate()
 
 
 def scores_by_document(samples, benchmark) -> dict[int, np.ndarray]:
@@ -93,23 +92,38 @@ def test_results_are_json_and_tables(results):
     assert "aipss" in make_table(results, "groups")
 
 
-def test_num_fewshot_is_refused(tiny):
+@pytest.mark.parametrize("checkpoint", ["mini", "mini-2"])
+def test_answers_are_those_of_the_hf_backend(checkpoint, results):
+    arguments = {"pretrained": str(files("peft_mamba") / "embedded" / checkpoint), "dtype": "float32"}
+    shared = {"tasks": ["icl_gap_mini"], "limit": 4, "batch_size": 16, "bootstrap_iters": 0, "device": "cpu"}
+    theirs = lm_eval.simple_evaluate(model="hf", model_args=arguments, task_manager=our_tasks(), **shared)
+    ours = evaluate(pretrained=checkpoint, **shared)
+    for task, samples in ours["samples"].items():
+        for sample, other in zip(samples, theirs["samples"][task], strict=True):
+            assert sample["arguments"] == other["arguments"]
+            for (answer,), (expected,) in zip(sample["resps"], other["resps"], strict=True):
+                # abs: near 0 a log-likelihood is the difference of two fp32 numbers of about 10
+                assert answer[0] == pytest.approx(expected[0], rel=1e-5, abs=2e-6)
+                assert answer[1] == expected[1]
+
+
+def test_num_fewshot_is_refused():
     with pytest.raises(ValueError, match="--num_fewshot 5 cannot be applied to icl_gap_mini_hellaswag_1shot"):
-        evaluate(tiny["mamba2"], num_fewshot=5)
+        evaluate(num_fewshot=5)
 
 
-def test_samples_must_be_the_same_at_each_shot_count(tiny):
+def test_samples_must_be_the_same_at_each_shot_count():
     selected = {f"icl_gap_mini_piqa_{shots}shot": [1, 4, 7] for shots in SHOTS}
     with pytest.raises(ValueError, match="--samples selects other documents for icl_gap_mini_piqa_5shot"):
-        evaluate(tiny["mamba2"], limit=None, samples=selected | {"icl_gap_mini_piqa_5shot": [1, 4, 8]})
+        evaluate(limit=None, samples=selected | {"icl_gap_mini_piqa_5shot": [1, 4, 8]})
 
 
-def test_predict_only_has_no_figures(tiny):
-    groups = evaluate(tiny["mamba2"], limit=2, predict_only=True)["groups"]
+def test_predict_only_has_no_figures():
+    groups = evaluate(limit=2, predict_only=True)["groups"]
     assert not any(key.startswith("aipss") for key in groups["icl_gap_mini"])
 
 
-def test_zero_accuracy_without_shots_is_undefined_and_said(tiny, caplog):
+def test_zero_accuracy_without_shots_is_undefined_and_said(caplog):
     group = our_tasks().load(["icl_gap_mini"])["groups"]["icl_gap_mini"]
     for task in group.get_all_tasks():
         piqa_0 = task.config.task == "icl_gap_mini_piqa_0shot"
@@ -120,18 +134,18 @@ def test_zero_accuracy_without_shots_is_undefined_and_said(tiny, caplog):
     assert group.get("icl_gap_mini_hellaswag").aggregate({})["aipss,none"] == 0
 
 
-def test_one_document_has_no_standard_error(tiny):
-    figures = evaluate(tiny["mamba2"], limit=1)["groups"]["icl_gap_mini_lambada"]
+def test_one_document_has_no_standard_error():
+    figures = evaluate(limit=1)["groups"]["icl_gap_mini_lambada"]
     assert figures["aipss_stderr,none"] == "N/A"
 
 
-def test_use_cache_gives_the_same_figures_again(tiny, tmp_path, results):
+def test_use_cache_gives_the_same_figures_again(tmp_path, results):
     for _ in range(2):
-        again = evaluate(tiny["mamba2"], use_cache=str(tmp_path / "cache"))
+        again = evaluate(use_cache=str(tmp_path / "cache"))
         assert again["groups"] == results["groups"]
 
 
-def test_two_processes_give_the_figures_of_one(tiny, tmp_path, results):
+def test_two_processes_give_the_figures_of_one(tmp_path, results):
     script = tmp_path / "evaluate.py"
     script.write_text(
         "import json, sys, lm_eval\n"
@@ -139,12 +153,12 @@ def test_two_processes_give_the_figures_of_one(tiny, tmp_path, results):
         "from lm_eval.tasks import TaskManager\n"
         "manager = TaskManager(include_path=str(files('lm_eval_mamba.tasks')), include_defaults=False)\n"
         "results = lm_eval.simple_evaluate(model='mamba_amp', model_args={'pretrained': sys.argv[1]}, device='cpu',\n"
-        "    tasks=['icl_gap_mini'], limit=12, batch_size=32, bootstrap_iters=10, task_manager=manager)\n"
+        "    tasks=['icl_gap_mini'], limit=20, batch_size=32, bootstrap_iters=10, task_manager=manager)\n"
         "if results: json.dump(results['groups'], open(sys.argv[2], 'w'))\n"
     )
     options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(script)]
-    command += [str(tiny["mamba2"]), str(tmp_path / "groups.json")]
+    command += ["mini-2", str(tmp_path / "groups.json")]
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     groups = json.loads((tmp_path / "groups.json").read_text())
     for name, figures in results["groups"].items():
