@@ -1,0 +1,28 @@
+"""PEFT for Mamba and Mamba-2: what you name is what trains. Importing this package makes PEFT's LoRA work on both.
+
+import peft_mamba
+model = peft.get_peft_model(model, peft_mamba.MambaLoraConfig(preset="sll", r=16))
+print(peft_mamba.report(model))
+"""
+
+from .config import MambaLoraConfig
+from .kernels import KernelError, Kernels
+from .mixers import use_mixers
+from .presets import PresetError, preset_modules
+from .report import GradientError, Report, report
+from .tuner import TargetError, register
+
+__all__ = [
+    "GradientError",
+    "KernelError",
+    "Kernels",
+    "MambaLoraConfig",
+    "PresetError",
+    "Report",
+    "TargetError",
+    "preset_modules",
+    "report",
+    "use_mixers",
+]
+
+register()

@@ -1,0 +1,205 @@
+"""The same operations through the CUDA and Triton kernels of mamba-ssm and causal-conv1d, where those are installed.
+
+What they cannot do goes to `chunked`, call by call, so that a result never depends on which of them ran:
+
+    selective_scan   a state that needs a gradient, seq_idx, float64: selective_scan_fn has none of these
+    ssd              single tokens, which it pads to a chunk; float64; and float32 unless TF32 is allowed, since its
+                     Triton kernels multiply float32 in TF32
+    causal_conv1d    seq_idx together with an initial state, widths other than 2 to 4, channel counts that are no
+                     multiple of 8, float64, or no causal-conv1d
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+from . import chunked
+from .reference import Tensor, zero_padding
+
+try:
+    from causal_conv1d import causal_conv1d_fn
+except ImportError as error:  # `paths` below says so wherever the choice of kernels is shown
+    causal_conv1d_fn, _no_conv = None, str(error)
+
+SSD_CHUNK = 256
+# Triton's own switch, read when a kernel is compiled: without it a float32 product carries an error of about 1e-3.
+FLOAT32_EXACT = os.environ.get("TRITON_F32_DEFAULT") == "ieee"
+# Tokens at a time of what an initial state adds to the output: (B, T, D, N) float32.
+CARRY_CHUNK = 16
+
+
+def paths() -> dict[str, str]:
+    """Operations that another implementation always runs here, and why."""
+    return {} if causal_conv1d_fn is not None else {"causal_conv1d": f"torch (no causal-conv1d: {_no_conv})"}
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.selective_scan`; u, delta, B, C and z are taken in u's dtype, the rest in float32."""
+    stateful = initial_state is not None or return_final_state
+    with_gradient = _needs_grad(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if seq_idx is not None or u.dtype == torch.float64 or u.shape[1] == 0 or (stateful and with_gradient):
+        return chunked.selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            initial_state=initial_state,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            return_final_state=return_final_state,
+        )
+    delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
+    z = None if z is None else z.to(u.dtype)
+    A, D, delta_bias = A.float(), _float(D), _float(delta_bias)
+    if lengths is not None:
+        # softplus(-inf + bias) is 0 exactly: the step size that leaves the state as it is.
+        padding = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+        delta = delta.masked_fill(padding[..., None], -torch.inf)
+    if initial_state is not None and u.shape[1] == 1:
+        state = initial_state.float().clone()
+        gate = None if z is None else z[:, 0]
+        y = selective_state_update(
+            state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, gate, delta_bias, dt_softplus=True
+        )
+        return y[:, None], state if return_final_state else None
+    u_, delta_, B_, C_ = (t.transpose(1, 2) for t in (u, delta, B, C))
+    z_ = None if z is None else z.transpose(1, 2)
+    result = selective_scan_fn(u_, delta_, A, B_, C_, D, z_, delta_bias, True, return_final_state)
+    y, final_state = result if return_final_state else (result, None)
+    y = y.transpose(1, 2)
+    if initial_state is not None:
+        carried, last = _carried(initial_state, delta, A, C, delta_bias)
+        if z is not None:
+            carried = carried * F.silu(z.float())
+        y = (y.float() + carried).to(u.dtype)
+        final_state = None if final_state is None else final_state + last
+    return y, final_state
+
+
+def _carried(h0: Tensor, delta: Tensor, A: Tensor, C: Tensor, delta_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What an initial state adds to a scan that started at zero: C_t exp(A Σ_{s≤t} Δ_s) h_0, and that decay at the end.
+
+    The recurrence is linear in the state, so the two parts add exactly.
+    """
+    raw = delta.float() if delta_bias is None else delta.float() + delta_bias
+    elapsed = F.softplus(raw).cumsum(1)
+    h0 = h0.float()
+    parts = [
+        torch.einsum("btdn,btn->btd", torch.exp(seconds[..., None] * A) * h0[:, None], c.float())
+        for seconds, c in zip(elapsed.split(CARRY_CHUNK, 1), C.split(CARRY_CHUNK, 1), strict=True)
+    ]
+    return torch.cat(parts, dim=1), torch.exp(elapsed[:, -1, :, None] * A) * h0
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.ssd` through mamba-ssm's Triton kernels, gradients of both states included."""
+    too_coarse = x.dtype == torch.float32 and not (FLOAT32_EXACT or torch.backends.cuda.matmul.allow_tf32)
+    if too_coarse or x.dtype == torch.float64 or x.shape[1] <= 1:
+        return chunked.ssd(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            initial_state=initial_state,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            return_final_state=return_final_state,
+        )
+    result = mamba_chunk_scan_combined(
+        x.contiguous(),
+        zero_padding(dt.float(), lengths),
+        A.float(),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        SSD_CHUNK,
+        D=_float(D),
+        initial_states=_float(initial_state),
+        seq_idx=None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+        return_final_states=return_final_state,
+    )
+    return result if return_final_state else (result, None)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """`reference.causal_conv1d` through causal-conv1d, channel-last."""
+    unsupported = (
+        causal_conv1d_fn is None
+        or (seq_idx is not None and initial_state is not None)
+        or weight.shape[1] not in (2, 3, 4)
+        or x.shape[1] == 0
+        or x.shape[2] % 8
+        or x.dtype == torch.float64
+    )
+    if unsupported:
+        return chunked.causal_conv1d(
+            x, weight, bias, activation=activation, initial_state=initial_state, seq_idx=seq_idx
+        )
+    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
+        x = x.contiguous()
+    before = None
+    if initial_state is not None:
+        # (B, K-1, D) contiguous, seen channel-first: the layout that the channel-last kernel asks for.
+        before = initial_state.to(x.dtype).contiguous().transpose(1, 2)
+    y = causal_conv1d_fn(
+        x.transpose(1, 2),
+        weight,
+        bias,
+        seq_idx=None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+        initial_states=before,
+        activation=activation,
+    )
+    return y.transpose(1, 2)

@@ -1,0 +1,189 @@
+"""The operations of both mixers, written as their equations: one step of Python per token, for checking the others.
+
+Shapes are channel-last. B batch, L tokens, D channels, N state size, K width of the convolution; Mamba-2 splits D into
+H heads of P channels that share the B and C of their G groups. The state and all sums are kept in float32 (in float64
+for float64 inputs); outputs come back in the dtype of the input.
+
+Every function takes the same three optional descriptions of the rows of a batch:
+
+    initial_state   what the row's earlier tokens left behind; zero where there were none
+    lengths  (B,)   tokens at and after position lengths[b] are padding and leave the state as it is
+    seq_idx  (B, L) int, constant within a document and changing at the first token of the next: no state crosses
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def first_of_document(seq_idx: Tensor | None) -> Tensor | None:
+    """(B, L) bool: True where a token starts a new document inside its row. The row's first token never does."""
+    if seq_idx is None:
+        return None
+    starts = torch.zeros_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return starts
+
+
+def zero_padding(dt: Tensor, lengths: Tensor | None) -> Tensor:
+    """`dt` (B, L, ...) with zeros at and after `lengths`: exp(0·A) = 1 and 0·B·u = 0 leave a state exactly as it is."""
+    if lengths is None:
+        return dt
+    padding = torch.arange(dt.shape[1], device=dt.device) >= lengths[:, None]
+    return dt.masked_fill(padding[..., None], 0.0)
+
+
+def step_size(delta: Tensor, delta_bias: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """Mamba-1's Δ = softplus(delta + delta_bias), in the accumulator's dtype, zero on padding. (B, L, D)."""
+    delta = delta.to(accumulator_dtype(delta))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    return zero_padding(F.softplus(delta), lengths)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-1's scan: Algorithm 2 of "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2312.00752).
+
+        Δ_t = softplus(delta_t + delta_bias)
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
+        y_t = (C_t h_t + D u_t) · silu(z_t)
+
+    Args:
+        u, delta, z: (B, L, D); z may be None.
+        A: (D, N), negative. B, C: (B, L, N). D, delta_bias: (D,).
+        initial_state: (B, D, N), h before the first token.
+
+    Returns:
+        y (B, L, D) in u's dtype, and h after the last token of each row, (B, D, N), if asked for, else None.
+    """
+    dtype = accumulator_dtype(u)
+    dt = step_size(delta, delta_bias, lengths)
+    starts = first_of_document(seq_idx)
+    x, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+    h = x.new_zeros(len(x), *A.shape) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        if starts is not None:
+            h = h.masked_fill(starts[:, t, None, None], 0.0)
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, None, :]
+        outputs.append((h * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else x
+    return skip_and_gate(y, x, D, z).to(u.dtype), h if return_final_state else None
+
+
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D x) · silu(z), in y's dtype; each of D and z may be None."""
+    if D is not None:
+        y = y + x * D.to(y.dtype)
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2's scan, the recurrent form of state-space duality ("Transformers are SSMs", 2405.21060, section 6).
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ
+        y_t = h_t C_t + D x_t
+
+    Args:
+        x: (B, L, H, P).
+        dt: (B, L, H), the step sizes themselves: bias, softplus and limits are already in it.
+        A, D: (H,), A negative. B, C: (B, L, G, N), G dividing H.
+        initial_state: (B, H, P, N), h before the first token.
+
+    Returns:
+        y (B, L, H, P) in x's dtype, and h after the last token of each row, (B, H, P, N), if asked for, else None.
+    """
+    dtype = accumulator_dtype(x)
+    dt = zero_padding(dt.to(dtype), lengths)
+    starts = first_of_document(seq_idx)
+    u, A = x.to(dtype), A.to(dtype)
+    heads_per_group = x.shape[2] // B.shape[2]
+    B, C = (t.to(dtype).repeat_interleave(heads_per_group, dim=2) for t in (B, C))
+    h = u.new_zeros(len(u), *u.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(u.shape[1]):
+        if starts is not None:
+            h = h.masked_fill(starts[:, t, None, None, None], 0.0)
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        h = decay * h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None, :]
+        outputs.append((h * C[:, t, :, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else u
+    if D is not None:
+        y = y + u * D.to(dtype)[:, None]
+    return y.to(x.dtype), h if return_final_state else None
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """Depthwise convolution over time that sees no later token: y_t = act(bias + Σ_k weight_k x_{t-K+1+k}).
+
+    Args:
+        x: (B, L, D). weight: (D, K). bias: (D,) or None.
+        activation: "silu" or None.
+        initial_state: (B, K-1, D), the inputs just before the first token, oldest first; zero if None.
+
+    Returns:
+        (B, L, D) in x's dtype.
+    """
+    dtype, (_, length, _), width = accumulator_dtype(x), x.shape, weight.shape[1]
+    before = x.new_zeros(len(x), width - 1, x.shape[2]) if initial_state is None else initial_state
+    # (before, x) at offset k lines up tap k with each output position.
+    inputs = torch.cat([before.to(dtype), x.to(dtype)], dim=1)
+    weight = weight.to(dtype)
+    y = inputs.new_zeros(()) if bias is None else bias.to(dtype)
+    for k in range(width):
+        tap = inputs[:, k : k + length]
+        back = width - 1 - k
+        if seq_idx is not None and 0 < back < length:
+            other = torch.zeros_like(seq_idx, dtype=torch.bool)
+            other[:, back:] = seq_idx[:, back:] != seq_idx[:, :-back]
+            # What lies before the row belongs to its first document only.
+            other[:, :back] = seq_idx[:, :back] != seq_idx[:, :1]
+            tap = tap.masked_fill(other[..., None], 0.0)
+        y = y + tap * weight[:, k]
+    if activation == "silu":
+        y = F.silu(y)
+    elif activation is not None:
+        raise ValueError(f"activation is 'silu' or None, not {activation!r}")
+    return y.to(x.dtype)

@@ -1,0 +1,76 @@
+"""The mixers that replace transformers' own on a model, one class a family, and how they get there.
+
+from peft_mamba import use_mixers
+use_mixers(model)  # a MambaForCausalLM or Mamba2ForCausalLM, with or without adapters
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
+from .. import kernels
+from .mamba import MambaMixer
+from .mamba2 import Mamba2Mixer
+from .state import MixerState
+
+__all__ = ["FAMILIES", "Mamba2Mixer", "MambaMixer", "MixerState", "mixers_of", "use_mixers"]
+
+logger = logging.getLogger(__name__)
+
+# transformers' class to ours; a subclass of the former (another model's variant of it) is left alone.
+FAMILIES: dict[type[nn.Module], type[nn.Module]] = {
+    modeling_mamba.MambaMixer: MambaMixer,
+    modeling_mamba2.Mamba2Mixer: Mamba2Mixer,
+}
+
+
+def mixers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every mixer of the two families in `model`, ours or still transformers' own."""
+    known = {*FAMILIES, *FAMILIES.values()}
+    return [(name, module) for name, module in model.named_modules() if type(module) in known]
+
+
+def use_mixers(model: nn.Module) -> int:
+    """Let every Mamba and Mamba-2 mixer of `model` run ours, in place. Doing it twice changes nothing.
+
+    The modules, their parameters and their names stay as they are; only the class of each mixer changes, so the model
+    saves, copies and compares as before. Which kernels they run is chosen at each forward, by the device of its input:
+    `kernels.describe` and `report` say which.
+
+    Returns:
+        How many mixers run ours now; 0 for a model of another family.
+
+    Raises:
+        NotImplementedError: accelerate offloads weights of a mixer to the CPU or disk.
+    """
+    mixers = mixers_of(model)
+    for name, mixer in mixers:
+        for part, module in mixer.named_modules(prefix=name):
+            # Such a hook brings parameters in for the call of the module that owns them; the mixer reads those of
+            # conv1d and dt_proj's bias outside of it.
+            if getattr(getattr(module, "_hf_hook", None), "offload", False):
+                raise NotImplementedError(f"{part} is offloaded; these mixers need their weights on the device.")
+    fresh = [mixer for _, mixer in mixers if type(mixer) in FAMILIES]
+    for mixer in fresh:
+        mixer.__class__ = FAMILIES[type(mixer)]
+    for backbone in model.modules():
+        hooks = backbone._forward_pre_hooks.values()
+        if isinstance(backbone, modeling_mamba.MambaModel) and _drop_full_mask not in hooks:
+            backbone.register_forward_pre_hook(_drop_full_mask, with_kwargs=True)
+    if fresh:
+        path = kernels.describe(next(fresh[0].parameters()).device.type)
+        logger.info("%d %s mixers, kernels %s", len(fresh), type(fresh[0]).__name__, path)
+    return len(mixers)
+
+
+def _drop_full_mask(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Spare Mamba-1's layers a mask that masks nothing, looked at once a forward, as Mamba2Model does itself."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not torch.compiler.is_compiling() and bool((mask != 0).all()):
+        kwargs = {**kwargs, "attention_mask": None}
+    return args, kwargs

@@ -1,0 +1,154 @@
+"""What goes into and out of a mixer's state: padding is moved out of the way, caches are read and written.
+
+A mixer is causal, so a row whose padding lies behind its tokens computes them as if it were alone. Left padding and
+holes are brought into that form by reordering the tokens of each row, once on the way in and back on the way out; what
+is left to do is to leave the state as it is from the row's length on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+
+Tensor = torch.Tensor
+
+
+class MixerState(NamedTuple):
+    """What one mixer keeps of the tokens it has seen, in the layout of transformers' caches.
+
+    conv: (B, C, K), the last K inputs of the convolution, newest last, zeros before the first token. C = D for Mamba-1,
+        D + 2·G·N for Mamba-2.
+    ssm: float32, (B, D, N) for Mamba-1, (B, H, P, N) for Mamba-2.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class RowOrder(NamedTuple):
+    """The reordering that puts each row's tokens first, in their order, and its padding behind them."""
+
+    take: Tensor  # (B, L) position in the padded row of each token of the compact row
+    back: Tensor  # (B, L) the inverse
+    lengths: Tensor  # (B,) tokens that are not padding
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, length: int) -> RowOrder:
+        """From a (B, ≥ L) mask, 0 on padding; only its last L columns are about these tokens.
+
+        Raises:
+            ValueError: the mask is not two-dimensional, or shorter than the tokens.
+        """
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; a Mamba mixer takes (batch, tokens) with at "
+                f"least the {length} tokens of this forward."
+            )
+        real = attention_mask[:, -length:] != 0
+        lengths = real.sum(1)
+        # A token goes to the count of tokens before it; padding goes behind, to the length plus the padding before it.
+        back = torch.where(real, real.cumsum(1), lengths[:, None] + (~real).cumsum(1)) - 1
+        positions = torch.arange(length, device=back.device).expand_as(back)
+        return cls(torch.empty_like(back).scatter_(1, back, positions), back, lengths)
+
+
+def reorder(x: Tensor, positions: Tensor) -> Tensor:
+    """out[b, t] = x[b, positions[b, t]] for x of shape (B, L, ...)."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, (positions + rows * x.shape[1]).flatten()).view_as(x)
+
+
+def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int) -> Tensor:
+    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`."""
+    if before is None:
+        before = x.new_zeros(len(x), x.shape[2], width)
+    x = x.transpose(1, 2)
+    if lengths is None:
+        return torch.cat([before, x[..., -width:]], dim=-1)[..., -width:]
+    columns = lengths[:, None] + torch.arange(width, device=x.device)
+    inputs = torch.cat([before, x], dim=-1)
+    return inputs.gather(2, columns[:, None, :].expand(-1, inputs.shape[1], -1))
+
+
+def read_cache(cache: Cache | None, layer: int, width: int) -> MixerState | None:
+    """The state that earlier forwards left in `cache` for this layer; None where there is none yet."""
+    if cache is None:
+        return None
+    conv, ssm = cache.get_conv_state(layer), cache.get_recurrent_state(layer)
+    if conv is None or ssm is None:
+        return None
+    conv = conv[..., -width:]
+    if torch.is_grad_enabled():
+        # The cache is overwritten in place below, which would pull the tensors out from under a backward.
+        conv, ssm = conv.clone(), ssm.clone()
+    return MixerState(conv, ssm)
+
+
+def write_cache(cache: Cache, layer: int, state: MixerState) -> None:
+    """Leave `state` in `cache` for the next forward."""
+    width = state.conv.shape[-1]
+    cache.update_conv_state(state.conv, layer, conv_kernel_size=width)
+    cache.update_recurrent_state(state.ssm, layer)
+
+
+class CachedMixer:
+    """The forward that both mixers share: padding out of the way, state from the cache, `mix`, state into the cache.
+
+    A mixer brings `mix`, the function of its state, and inherits the rest of itself from transformers' class.
+    """
+
+    layer_idx: int
+    conv_kernel_size: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Mix (B, L, hidden_size) over time; same shape out.
+
+        Args:
+            cache_params: where the state is read from, if one is there, and left.
+            attention_mask: (B, ≥ L), 0 on padding, which may lie anywhere; the outputs there mean nothing.
+            seq_idx: (B, L) int, changing at the first token of each document packed into a row.
+            kwargs: what transformers passes to all mixers and attention layers alike; this one needs none of it.
+        """
+        state = read_cache(cache_params, self.layer_idx, self.conv_kernel_size)
+        order = None if attention_mask is None else RowOrder.of(attention_mask, hidden_states.shape[1])
+        if order is not None:
+            hidden_states = reorder(hidden_states, order.take)
+            seq_idx = None if seq_idx is None else reorder(seq_idx, order.take)
+        hidden_states, state = self.mix(
+            hidden_states,
+            initial_state=state,
+            lengths=None if order is None else order.lengths,
+            seq_idx=seq_idx,
+            return_final_state=cache_params is not None,
+        )
+        if cache_params is not None and state is not None:
+            write_cache(cache_params, self.layer_idx, state)
+        return hidden_states if order is None else reorder(hidden_states, order.back)
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        *,
+        initial_state: MixerState | None = None,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> tuple[Tensor, MixerState | None]:
+        """The mixer as a function of its state: (B, L, hidden_size) and the state after each row's last token.
+
+        Args:
+            initial_state: after the tokens that came before; None: there were none.
+            lengths: (B,), tokens at and after it are padding.
+            seq_idx: as for forward.
+            return_final_state: False saves the work of it, and the second result is None.
+        """
+        raise NotImplementedError
