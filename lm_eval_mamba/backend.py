@@ -62,6 +62,8 @@ class MambaAMP(HFLM):
         NonFiniteError: during scoring, when a log-probability is NaN; names the first layer that produced it.
     """
 
+    _model: Any
+
     def __init__(
         self,
         pretrained: str | transformers.PreTrainedModel | None = None,

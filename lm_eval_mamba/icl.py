@@ -62,8 +62,8 @@ class ICLGapGroup(Group):
 
 def _figures(benchmarks: list[BenchmarkGap]) -> dict[str, float | str]:
     """lm-eval's metric keys for the gap over `benchmarks`: percent, with standard errors; "N/A" where undefined."""
-    correct = {group.alias: group.scores() for group in benchmarks}
-    if any(by_shots is None for by_shots in correct.values()):
+    correct = {str(group.alias): scores for group in benchmarks if (scores := group.scores()) is not None}
+    if len(correct) < len(benchmarks):
         return {}
     gap = icl_gap(correct)
     if gap.undefined:

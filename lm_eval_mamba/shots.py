@@ -26,6 +26,8 @@ class ShotTask(ConfigurableTask):
             rank 0.
     """
 
+    dataset: Any
+
     def __init__(self, config: dict[str, Any], zero_shot: ShotTask | None = None) -> None:
         """
         Args:
