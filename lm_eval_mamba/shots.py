@@ -54,14 +54,26 @@ class ShotTask(ConfigurableTask):
             )
         super().set_config(key, value, update)
 
-    def build_all_requests(self, *, samples: list[int] | None = None, **kwargs: Any) -> None:
+    def build_all_requests(
+        self,
+        *,
+        samples: list[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        cache_requests: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self._samples = samples
         if self._zero_shot is not None and samples != self._zero_shot._samples:
             raise ValueError(
                 f"--samples selects other documents for {self.config.task} than for {self._zero_shot.config.task}; "
                 "shot counts are compared on the same documents. Give both the same list."
             )
-        super().build_all_requests(samples=samples, **kwargs)
+        # lm-eval draws the shots of a rank's documents one after the other, so that they depend on the number of ranks.
+        # Here every rank draws those of all documents, as a single process does, and keeps its own. (The cache of
+        # requests is named by rank: several processes would write one file.)
+        super().build_all_requests(samples=samples, cache_requests=cache_requests and world_size == 1, **kwargs)
+        self._instances = [instance for instance in self._instances if instance.doc_id % world_size == rank]
 
     def aggregation(self) -> dict[str, Callable]:
         # lm-eval calls these on rank 0 with the values of all documents: the one place where all of them are seen.

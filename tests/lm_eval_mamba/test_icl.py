@@ -151,15 +151,18 @@ def test_two_processes_give_the_figures_of_one(tmp_path, results):
         "import json, sys, lm_eval\n"
         "from importlib.resources import files\n"
         "from lm_eval.tasks import TaskManager\n"
+        "from lm_eval_mamba.backend import MambaAMP\n"
         "manager = TaskManager(include_path=str(files('lm_eval_mamba.tasks')), include_defaults=False)\n"
-        "results = lm_eval.simple_evaluate(model='mamba_amp', model_args={'pretrained': sys.argv[1]}, device='cpu',\n"
-        "    tasks=['icl_gap_mini'], limit=20, batch_size=32, bootstrap_iters=10, task_manager=manager)\n"
-        "if results: json.dump(results['groups'], open(sys.argv[2], 'w'))\n"
+        "lm = MambaAMP(batch_size=32, pretrained='mini-2')\n"
+        "assert lm.world_size == 2, 'this is not a test of two processes'\n"
+        "results = lm_eval.simple_evaluate(lm, tasks=['icl_gap_mini'], limit=20, bootstrap_iters=10,\n"
+        "    task_manager=manager)\n"
+        "if lm.rank == 0: json.dump(results['groups'], open(sys.argv[1], 'w'))\n"
     )
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(script)]
-    command += ["mini-2", str(tmp_path / "groups.json")]
-    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    # What `accelerate launch` does on GPUs; with --cpu it starts one process only.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    subprocess.run([*command, str(tmp_path / "groups.json")], check=True, cwd=tmp_path, env=environment, timeout=300)
     groups = json.loads((tmp_path / "groups.json").read_text())
     for name, figures in results["groups"].items():
         for key, value in figures.items():
