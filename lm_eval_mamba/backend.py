@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -196,14 +196,20 @@ class MambaAMP(HFLM):
             "kernel_path": self.kernel_path,
             "checkpoint": checkpoints.describe(self.model),
             "adapter": _describe_adapter(self.model) if self.peft else None,
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: version(name)
-                    for name in ("lm-eval-mamba", "lm_eval", "torch", "transformers", "peft", "accelerate")
-                },
-            },
+            "versions": _versions(),
         }
+
+
+def _versions() -> dict[str, str | None]:
+    """What a score may depend on; None where an optional package is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    required = ("lm-eval-mamba", "lm_eval", "torch", "transformers", "peft", "accelerate")
+    for name in (*required, "triton", "mamba-ssm", "causal-conv1d"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def _describe_adapter(model: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class ShotTask(ConfigurableTask):
     """
 
     dataset: Any
+    _instances: Any
 
     def __init__(self, config: dict[str, Any], zero_shot: ShotTask | None = None) -> None:
         """

@@ -7,6 +7,7 @@ use_mixers(model)  # a MambaForCausalLM or Mamba2ForCausalLM, with or without ad
 from __future__ import annotations
 
 import logging
+import types
 
 import torch
 from torch import nn
@@ -46,7 +47,8 @@ def use_mixers(model: nn.Module) -> int:
         How many mixers run ours now; 0 for a model of another family.
 
     Raises:
-        NotImplementedError: accelerate offloads weights of a mixer to the CPU or disk.
+        NotImplementedError: accelerate offloads weights of a mixer to the CPU or disk, or something has put a forward
+            of its own on a mixer, past which ours would not run.
     """
     mixers = mixers_of(model)
     for name, mixer in mixers:
@@ -55,9 +57,16 @@ def use_mixers(model: nn.Module) -> int:
             # conv1d and dt_proj's bias outside of it.
             if getattr(getattr(module, "_hf_hook", None), "offload", False):
                 raise NotImplementedError(f"{part} is offloaded; these mixers need their weights on the device.")
+        if "forward" in vars(mixer) and "_old_forward" not in vars(mixer):
+            raise NotImplementedError(
+                f"{name} has a forward set on the module itself; ours would not run. Remove it first."
+            )
     fresh = [mixer for _, mixer in mixers if type(mixer) in FAMILIES]
     for mixer in fresh:
         mixer.__class__ = FAMILIES[type(mixer)]
+        if "_old_forward" in vars(mixer):
+            # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
+            mixer._old_forward = types.MethodType(type(mixer).forward, mixer)
     for backbone in model.modules():
         hooks = backbone._forward_pre_hooks.values()
         if isinstance(backbone, modeling_mamba.MambaModel) and _drop_full_mask not in hooks:

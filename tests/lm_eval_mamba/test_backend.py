@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_mamba.backend import MambaAMP
 from peft_mamba.adapter_io import AdapterError
 from peft_mamba.checkpoints import CheckpointError
+from peft_mamba.mixers import Mamba2Mixer, MambaMixer
 from peft_mamba.nonfinite import NonFiniteError
 from peft_mamba.precision import PrecisionError
 
@@ -62,6 +63,16 @@ def test_generation_equals_the_hf_backend_with_stop_and_chat_template(tiny, fami
     assert ours.generate_until(until) == theirs.generate_until(until)
 
 
+@pytest.mark.parametrize(("family", "mixer"), [("mamba", MambaMixer), ("mamba2", Mamba2Mixer)])
+def test_scoring_and_generation_run_our_mixers(tiny, monkeypatch, family, mixer):
+    lm, ran, mix = load(MambaAMP, tiny[family]), [], mixer.mix
+    monkeypatch.setattr(mixer, "mix", lambda self, *a, **k: ran.append(self.layer_idx) or mix(self, *a, **k))
+    lm.loglikelihood(requests("loglikelihood", PAIRS[:1]))
+    assert ran == [0, 1]
+    lm.generate_until(requests("generate_until", [("Say it", {"until": [], "max_gen_toks": 2})]))
+    assert ran[2:] == [0, 1] * 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "expected"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_mixed_precision_keeps_fp32_weights_and_computes_in_dtype(tiny, family, dtype, expected):
@@ -107,7 +118,7 @@ def test_results_say_what_ran(tiny):
     assert info["checkpoint"]["family"] == "mamba" and info["checkpoint"]["source"] == str(tiny["mamba"])
     assert info["adapter"] is None
     assert info["kernel_path"]["kernels"] == "torch" and info["kernel_path"]["reason"]
-    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["torch"] == torch.__version__ and "mamba-ssm" in info["versions"]
 
 
 def test_a_loaded_model_is_taken_in_its_own_dtype_only(tiny):

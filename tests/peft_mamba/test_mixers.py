@@ -268,6 +268,27 @@ def test_other_models_are_left_alone():
     assert [type(module) for module in falcon.modules()] == before
 
 
+@pytest.mark.parametrize(("family", "mixer_class"), [("mamba", MambaMixer), ("mamba2", Mamba2Mixer)])
+def test_mixers_run_under_hooks_of_a_model_spread_over_devices(family, mixer_class, monkeypatch):
+    """accelerate keeps the forward that it found on the module, which a change of class alone would leave in place."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, ran, mix = tiny_model(family), [], mixer_class.mix
+    for _, mixer in mixers_of(model):
+        add_hook_to_module(mixer, AlignDevicesHook(execution_device="cpu"))
+    use_mixers(model)
+    monkeypatch.setattr(mixer_class, "mix", lambda self, *a, **k: ran.append(self.layer_idx) or mix(self, *a, **k))
+    model(tokens())
+    assert ran == [0, 1]
+
+
+def test_a_forward_put_on_a_mixer_is_refused():
+    model = tiny_model("mamba")
+    model.backbone.layers[1].mixer.forward = lambda *args, **kwargs: None
+    with pytest.raises(NotImplementedError, match=r"backbone\.layers\.1\.mixer has a forward set on the module itself"):
+        use_mixers(model)
+
+
 def test_offloaded_weights_are_refused():
     from accelerate import cpu_offload
 
