@@ -195,7 +195,7 @@ class MambaAMP(HFLM):
             "precision": self.precision.as_dict(),
             "kernel_path": self.kernel_path,
             "checkpoint": checkpoints.describe(self.model),
-            "adapter": _describe_adapter(self.model) if self.peft else None,
+            "adapter": {"source": self.peft, **_describe_adapter(self.model)} if self.peft else None,
             "versions": _versions(),
         }
 

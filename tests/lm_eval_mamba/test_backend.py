@@ -208,7 +208,7 @@ def test_adapter_changes_scores_as_the_merged_model_does(tiny, adapter, tmp_path
     assert scored == pytest.approx(expected, rel=1e-5)
     assert scored != pytest.approx([ll for ll, _ in base.loglikelihood(requests("loglikelihood", PAIRS))], rel=1e-3)
     info = adapted.get_model_info()["adapter"]
-    assert info["r"] == 1 and info["target_modules"]
+    assert info["source"] == str(adapter) and info["r"] == 1 and info["target_modules"]
 
 
 def test_padded_embeddings_are_not_cut_to_the_tokenizer(tiny, adapter):
