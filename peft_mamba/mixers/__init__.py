@@ -56,7 +56,10 @@ def use_mixers(model: nn.Module) -> int:
             # Such a hook brings parameters in for the call of the module that owns them; the mixer reads those of
             # conv1d and dt_proj's bias outside of it.
             if getattr(getattr(module, "_hf_hook", None), "offload", False):
-                raise NotImplementedError(f"{part} is offloaded; these mixers need their weights on the device.")
+                raise NotImplementedError(
+                    f"{part} is offloaded; these mixers need their weights on the device. Load the model on "
+                    "devices that hold all of it."
+                )
         if "forward" in vars(mixer) and "_old_forward" not in vars(mixer):
             raise NotImplementedError(
                 f"{name} has a forward set on the module itself; ours would not run. Remove it first."
