@@ -69,7 +69,7 @@ def use_mixers(model: nn.Module) -> int:
         mixer.__class__ = FAMILIES[type(mixer)]
         if "_old_forward" in vars(mixer):
             # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
-            mixer._old_forward = types.MethodType(type(mixer).forward, mixer)
+            vars(mixer)["_old_forward"] = types.MethodType(type(mixer).forward, mixer)
     for backbone in model.modules():
         hooks = backbone._forward_pre_hooks.values()
         if isinstance(backbone, modeling_mamba.MambaModel) and _drop_full_mask not in hooks:
