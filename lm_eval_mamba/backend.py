@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -28,6 +29,9 @@ from peft_mamba.precision import Precision, PrecisionError
 logger = logging.getLogger(f"lm_eval.{__name__}")  # below the logger that lm-eval configures
 
 DEFAULT_CHECKPOINT = "mini"
+
+# Beside lm-eval's hashes in a file of --use_cache.
+_CACHE_OWNER = "lm_eval_mamba: the model that these answers are of"
 
 # Arguments of HFLM that would make a run something else than its precision says; each with what to use instead.
 _REFUSED = {
@@ -188,6 +192,35 @@ class MambaAMP(HFLM):
         )
 
     # results
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Called for lm-eval's `--use_cache`, which keys an answer by the text of its request alone.
+
+        Raises:
+            ValueError: the file holds answers of another model, adapter or precision, or of another backend.
+        """
+        answers = cache_hook.dbdict
+        if answers is not None:
+            ours = self._identity()
+            theirs = answers.get(_CACHE_OWNER)
+            if theirs != ours and len(answers) > 0:
+                raise ValueError(
+                    f"--use_cache: the answers in {answers.filename} are of {theirs or 'another backend'}; this run is "
+                    f"{ours}. Give another path, or delete the file."
+                )
+            answers[_CACHE_OWNER] = ours
+        super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> str:
+        checkpoint = checkpoints.describe(self.model)
+        parts = {
+            "pretrained": checkpoint["source"],
+            "revision": checkpoint["commit"] or checkpoint["revision"],
+            "peft": self.peft,
+            "precision": self.precision.name,
+            "max_length": self.max_length,
+        }
+        return ",".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's model information and what this backend decided; goes into the results file's `config`."""

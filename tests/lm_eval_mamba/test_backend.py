@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_mamba.backend import MambaAMP
@@ -137,6 +138,25 @@ def test_without_pretrained_the_embedded_checkpoint_is_used_and_said(caplog):
         lm = MambaAMP(device="cpu")
     assert lm.get_model_info()["checkpoint"]["source"] == "mini"
     assert sum("embedded checkpoint 'mini'" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"dtype": "bf16"}, {"dtype": "fp32"}, r"are of pretrained=\S+precision=bf16\S+; this run is .*precision=fp32"),
+        ({}, {"max_length": 64}, "max_length=64"),
+        (None, {}, "are of another backend; this run is pretrained="),
+    ],
+)
+def test_a_cache_never_serves_the_answers_of_another_run(tiny, tmp_path, first, then, message):
+    path, lm_class = str(tmp_path / "cache.db"), HFLM if first is None else MambaAMP
+    CachingLM(load(lm_class, tiny["mamba"], **first or {}), path).loglikelihood(requests("loglikelihood", PAIRS[:2]))
+    with pytest.raises(ValueError, match=message):
+        CachingLM(load(MambaAMP, tiny["mamba"], **then), path)
+    if first is not None:
+        again = CachingLM(load(MambaAMP, tiny["mamba"], **first), path)
+        again.lm._loglikelihood_tokens = lambda *args, **kwargs: pytest.fail("the answers are in the cache")
+        assert len(again.loglikelihood(requests("loglikelihood", PAIRS[:2]))) == 2
 
 
 # refusals
