@@ -24,8 +24,8 @@ from .reference import (
 
 __all__ = ["causal_conv1d", "selective_scan", "ssd"]
 
-# Values of one (chunk, B, D, N) buffer: 2 MiB of float32, which stays in a core's cache.
-SCAN_BUFFER = 2**19
+# Values of one (chunk, B, D, N) buffer: 4 MiB of float32, about what the cores' own caches hold.
+SCAN_BUFFER = 2**20
 # Tokens a chunk of `ssd`: the score matrices are (SSD_CHUNK, SSD_CHUNK) a head.
 SSD_CHUNK = 64
 
@@ -74,12 +74,21 @@ def _chunks(x: Tensor, A: Tensor) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _states(dt: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Decays exp(Δ_t A) and states h_t of one time-major chunk, both (T, B, D, N); `h` is the state before it."""
-    decay = torch.exp(dt[..., None] * A)
+def _buffers(x: Tensor, A: Tensor, chunks: list[slice]) -> tuple[Tensor, Tensor]:
+    """Memory for `_states` of the longest chunk, taken once: fresh pages for each chunk cost as much as its sums."""
+    longest = chunks[0].stop if chunks else 0
+    return x.new_empty(longest, len(x), *A.shape), x.new_empty(longest, len(x), *A.shape)
+
+
+def _states(
+    dt: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, starts: Tensor | None, buffers: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Decays exp(Δ_t A) and states h_t of one time-major chunk, both (T, B, D, N), in `buffers`; `h` is before it."""
+    decay, states = (buffer[: len(dt)] for buffer in buffers)
+    torch.mul(dt[..., None], A, out=decay).exp_()
     if starts is not None:
-        decay = decay.masked_fill_(starts[..., None, None], 0.0)
-    states = (dt * x)[..., None] * B[:, :, None, :]
+        decay.masked_fill_(starts[..., None, None], 0.0)
+    torch.mul((dt * x)[..., None], B[:, :, None, :], out=states)
     for t in range(len(states)):
         h = states[t].addcmul_(decay[t], h)
     return decay, states
@@ -92,9 +101,11 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, dt, x, A, B, C, h, starts):
         ctx.save_for_backward(dt, x, A, B, C, h, starts)
         y, after = torch.empty_like(x), []
-        for chunk in _chunks(x, A):
+        chunks = _chunks(x, A)
+        buffers = _buffers(x, A, chunks)
+        for chunk in chunks:
             dt_c, x_c, B_c, C_c = (t[:, chunk].transpose(0, 1) for t in (dt, x, B, C))
-            _, states = _states(dt_c, x_c, A, B_c, h, None if starts is None else starts[:, chunk].T)
+            _, states = _states(dt_c, x_c, A, B_c, h, None if starts is None else starts[:, chunk].T, buffers)
             y[:, chunk] = (states @ C_c[..., None]).squeeze(-1).transpose(0, 1)
             h = states[-1].clone()
             after.append(h)
@@ -110,9 +121,10 @@ class _Scan(torch.autograd.Function):
         d_dt, dx, dB, dC = torch.empty_like(dt), torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
         dA = torch.zeros_like(A)
         chunks = _chunks(x, A)
+        buffers = _buffers(x, A, chunks)
         for chunk, h in zip(reversed(chunks), reversed([h0, *ctx.between][: len(chunks)]), strict=True):
             dt_c, x_c, B_c, C_c, dy_c = (t[:, chunk].transpose(0, 1) for t in (dt, x, B, C, dy))
-            decay, states = _states(dt_c, x_c, A, B_c, h, None if starts is None else starts[:, chunk].T)
+            decay, states = _states(dt_c, x_c, A, B_c, h, None if starts is None else starts[:, chunk].T, buffers)
             dC[:, chunk] = (dy_c[..., None, :] @ states).squeeze(-2).transpose(0, 1)
             # G_t = dL/dh_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}
             G = dy_c[..., None] * C_c[:, :, None, :]
