@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +73,27 @@ class SavedAdapter:
                 f"peft={self.source} does not fit the model: {str(error).rstrip('.')}. {made_for}"
             ) from error
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        saved = self.weights.keys() - embeddings
-        for problem, names in {
-            "brings weights for which the model has no layer": sorted(saved - expected),
-            "lacks weights of layers that it targets": sorted(expected - saved),
-        }.items():
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise AdapterError(f"peft={self.source} {problem}: {names[0]}{more}. {made_for}")
+        if problem := misfit(self.weights.keys() - embeddings, expected):
+            raise AdapterError(f"peft={self.source} {problem}. {made_for}")
         return adapted.eval()
+
+
+def misfit(brought: Set[str], expected: Set[str], wrong_shapes: Sequence[str] = ()) -> str | None:
+    """What keeps an adapter from taking effect as a whole, in one clause; None if nothing does.
+
+    Args:
+        brought, expected: names of the weights in its file, and of those that the model has for it.
+        wrong_shapes: names, with what is wrong, of weights in both whose shapes differ.
+    """
+    for problem, names in {
+        "brings weights for which the model has no layer": sorted(brought - expected),
+        "lacks weights of layers that it targets": sorted(expected - brought),
+        "has weights of other shapes": list(wrong_shapes),
+    }.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"{problem}: {names[0]}{more}"
+    return None
 
 
 def _embedding_weights(model: PreTrainedModel) -> set[str]:

@@ -35,7 +35,7 @@ class Row:
 
     @property
     def gradient(self) -> str:
-        """ "none yet", "all", or how many of the trainable tensors have one."""
+        """Whether a backward has reached them: "all", "none", "3 of 4", or "frozen" where nothing trains."""
         if not self.tensors:
             return "frozen"
         return {0: "none", self.tensors: "all"}.get(self.gradients, f"{self.gradients} of {self.tensors}")

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from .adapter_io import misfit
 from .config import MambaLoraConfig
 from .mixers import use_mixers
 from .presets import MAMBA_FAMILIES, family_of
@@ -212,14 +213,8 @@ def _check_weights(model: nn.Module, adapter_name: str, weights: dict[str, torch
         for name, shape in brought.items()
         if name in expected and shape != expected[name]
     ]
-    for problem, names in {
-        "brings weights for which the model has no layer": sorted(brought.keys() - expected.keys()),
-        "lacks weights of layers that it targets": sorted(expected.keys() - brought.keys()),
-        "has weights of other shapes": wrong,
-    }.items():
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise TargetError(f"The adapter {problem}: {names[0]}{more}.")
+    if problem := misfit(brought.keys(), expected.keys(), wrong):
+        raise TargetError(f"The adapter {problem}.")
 
 
 def register() -> None:

@@ -20,14 +20,6 @@ from ..peft_mamba.tiny import ADAPTERS, PRECISIONS, gradients_reach, relative_rm
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
 
 
-@pytest.fixture(params=["torch", "mamba_ssm"])
-def path(request, monkeypatch):
-    if problem := kernels.available("cuda")[request.param]:
-        pytest.skip(problem)
-    monkeypatch.setenv(kernels.ENVIRONMENT_VARIABLE, request.param)
-    return request.param
-
-
 @pytest.fixture(params=PRECISIONS)
 def precision(request):
     """A context to run the model in."""

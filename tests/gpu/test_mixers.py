@@ -31,14 +31,6 @@ def true_float32():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.fixture(params=["torch", "mamba_ssm"])
-def path(request, monkeypatch):
-    if problem := kernels.available("cuda")[request.param]:
-        pytest.skip(problem)
-    monkeypatch.setenv(kernels.ENVIRONMENT_VARIABLE, request.param)
-    return request.param
-
-
 def on_gpu(inputs, dtype):
     """Inputs of a test on the GPU: what a kernel takes in half precision in `dtype`, the rest in float32."""
     in_float32 = {"A", "D", "delta_bias", "dt", "initial_state"}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.metrics import mean_stderr
 
 from lm_eval_mamba.statistics import icl_gap, improvement
 
@@ -103,6 +104,12 @@ def test_aipss_is_the_mean_over_shots_and_benchmarks():
     assert {shots: estimate.value for shots, estimate in gap.improvement.items()} == {1: 25.0, 3: 100.0, 5: 150.0}
     assert gap.aipss.value == pytest.approx(275 / 3)
     assert gap.undefined == ()
+
+
+def test_standard_error_is_lm_evals_own_where_the_reference_is_certain():
+    answers = np.random.default_rng(1).integers(0, 2, 7)
+    gap = icl_gap({"a": {0: np.ones(7), 1: answers}})
+    assert gap.aipss.stderr == pytest.approx(100 * mean_stderr(answers.tolist()))
 
 
 def test_equal_answers_have_no_gap_and_no_error():
