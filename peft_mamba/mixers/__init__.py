@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import types
 
-import torch
 from torch import nn
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
@@ -17,9 +16,19 @@ from transformers.models.mamba2 import modeling_mamba2
 from .. import kernels
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
-from .state import MixerState
+from .packing import hook_models, packing_support
+from .state import MixerState, PackedRows
 
-__all__ = ["FAMILIES", "Mamba2Mixer", "MambaMixer", "MixerState", "mixers_of", "use_mixers"]
+__all__ = [
+    "FAMILIES",
+    "Mamba2Mixer",
+    "MambaMixer",
+    "MixerState",
+    "PackedRows",
+    "mixers_of",
+    "packing_support",
+    "use_mixers",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +51,13 @@ def use_mixers(model: nn.Module) -> int:
     The modules, their parameters and their names stay as they are; only the class of each mixer changes, so the model
     saves, copies and compares as before. Which kernels they run is chosen at each forward, by the device of its input:
     `kernels.describe` and `report` say which.
+
+    The model then keeps documents that are packed into a row apart, state and convolution, gradients included: pass it
+    `seq_idx`, (B, L) int, changing at the first token of each document, or `position_ids`, (B, L) or (1, L), that
+    restart at 0 there; padding between and around them may be masked with `attention_mask`. With a cache to go on
+    from, the first document of a row is the one that goes on. Labels are the caller's: -100 at each first token keeps
+    the end of one document from having to predict the start of the next. `packing_support` says whether the kernels
+    that would run can do it.
 
     Returns:
         How many mixers run ours now; 0 for a model of another family.
@@ -70,19 +86,8 @@ def use_mixers(model: nn.Module) -> int:
         if "_old_forward" in vars(mixer):
             # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
             vars(mixer)["_old_forward"] = types.MethodType(type(mixer).forward, mixer)
-    for backbone in model.modules():
-        hooks = backbone._forward_pre_hooks.values()
-        if isinstance(backbone, modeling_mamba.MambaModel) and _drop_full_mask not in hooks:
-            backbone.register_forward_pre_hook(_drop_full_mask, with_kwargs=True)
+    hook_models(model)
     if fresh:
         path = kernels.describe(next(fresh[0].parameters()).device.type)
         logger.info("%d %s mixers, kernels %s", len(fresh), type(fresh[0]).__name__, path)
     return len(mixers)
-
-
-def _drop_full_mask(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Spare Mamba-1's layers a mask that masks nothing, looked at once a forward, as Mamba2Model does itself."""
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not torch.compiler.is_compiling() and bool((mask != 0).all()):
-        kwargs = {**kwargs, "attention_mask": None}
-    return args, kwargs

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
+from ..kernels.reference import first_of_document
+
 Tensor = torch.Tensor
 
 
@@ -25,6 +27,17 @@ class MixerState(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
+
+
+class PackedRows(NamedTuple):
+    """What takes the place of `attention_mask` on its way to a mixer where rows hold several documents.
+
+    attention_mask: (B, ≥ L), 0 on padding; None: there is none.
+    seq_idx: (B, L) int, changing at the first token of each document.
+    """
+
+    attention_mask: Tensor | None
+    seq_idx: Tensor
 
 
 class RowOrder(NamedTuple):
@@ -72,6 +85,26 @@ def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width:
     return inputs.gather(2, columns[:, None, :].expand(-1, inputs.shape[1], -1))
 
 
+def number_documents(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, L) int32: the documents of each row counted from 0, for any numbers that change where a document starts.
+
+    Kernels differ in what they make of numbers that come back later in a row, are negative, or do not start at 0; of
+    these all make the same. From `lengths` on there is padding, which counts to the last document, whose state it
+    must leave as it is.
+    """
+    starts = first_of_document(seq_idx)
+    assert starts is not None  # as seq_idx is not
+    if lengths is not None:
+        starts = starts & (torch.arange(seq_idx.shape[1], device=seq_idx.device) < lengths[:, None])
+    return starts.cumsum(1, dtype=torch.int32)
+
+
+def keep_last_document(conv: Tensor, documents: Tensor, lengths: Tensor | None) -> Tensor:
+    """The window (B, C, K) of `conv_window` with zeros for inputs of documents before the one that the row ends in."""
+    numbers = conv_window(documents[..., None], None, lengths, conv.shape[-1])  # what came before belongs to document 0
+    return conv.masked_fill(numbers != numbers[..., -1:], 0.0)
+
+
 def read_cache(cache: Cache | None, layer: int, width: int) -> MixerState | None:
     """The state that earlier forwards left in `cache` for this layer; None where there is none yet."""
     if cache is None:
@@ -106,7 +139,7 @@ class CachedMixer:
         self,
         hidden_states: Tensor,
         cache_params: Cache | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | PackedRows | None = None,
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
@@ -114,23 +147,40 @@ class CachedMixer:
 
         Args:
             cache_params: where the state is read from, if one is there, and left.
-            attention_mask: (B, ≥ L), 0 on padding, which may lie anywhere; the outputs there mean nothing.
-            seq_idx: (B, L) int, changing at the first token of each document packed into a row.
+            attention_mask: (B, ≥ L), 0 on padding, which may lie anywhere; the outputs there mean nothing. Or mask
+                and seq_idx in one.
+            seq_idx: (B, L) int, changing at the first token of each document packed into a row. The first document
+                goes on from the state in the cache; the last one's is left there.
             kwargs: what transformers passes to all mixers and attention layers alike; this one needs none of it.
+
+        Raises:
+            ValueError: attention_mask or seq_idx do not fit the tokens.
         """
+        if isinstance(attention_mask, PackedRows):
+            attention_mask, seq_idx = attention_mask
+        if seq_idx is not None and seq_idx.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"seq_idx has shape {tuple(seq_idx.shape)}; a Mamba mixer takes (batch, tokens) = "
+                f"{tuple(hidden_states.shape[:2])}."
+            )
         state = read_cache(cache_params, self.layer_idx, self.conv_kernel_size)
         order = None if attention_mask is None else RowOrder.of(attention_mask, hidden_states.shape[1])
         if order is not None:
             hidden_states = reorder(hidden_states, order.take)
             seq_idx = None if seq_idx is None else reorder(seq_idx, order.take)
+        lengths = None if order is None else order.lengths
+        # A single token crosses no boundary, and kernels are faster without.
+        documents = None if seq_idx is None or seq_idx.shape[1] == 1 else number_documents(seq_idx, lengths)
         hidden_states, state = self.mix(
             hidden_states,
             initial_state=state,
-            lengths=None if order is None else order.lengths,
-            seq_idx=seq_idx,
+            lengths=lengths,
+            seq_idx=documents,
             return_final_state=cache_params is not None,
         )
         if cache_params is not None and state is not None:
+            if documents is not None:
+                state = state._replace(conv=keep_last_document(state.conv, documents, lengths))
             write_cache(cache_params, self.layer_idx, state)
         return hidden_states if order is None else reorder(hidden_states, order.back)
 

@@ -1,0 +1,157 @@
+"""How the boundaries of documents packed into one row get from the call of a model to its mixers.
+
+transformers' classes lose them on the way: MambaForCausalLM and Mamba2ForCausalLM hand neither `seq_idx` nor
+`position_ids` to their backbone, and Mamba-1's backbone and blocks drop every further argument. The one argument that
+all of them hand on as it is, down to the mixer, is `attention_mask`; so hooks put the boundaries beside the mask, as
+`PackedRows`. Nothing is kept on a module: gradient checkpointing recomputes a block from its own arguments, whatever
+ran in between, and wrappers of blocks, copies of the model and threads need no thought.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
+from .. import kernels
+from .state import CachedMixer, PackedRows
+
+Tensor = torch.Tensor
+
+OPERATIONS = ("selective_scan", "ssd", "causal_conv1d")
+MODELS = (
+    modeling_mamba.MambaForCausalLM,
+    modeling_mamba.MambaModel,
+    modeling_mamba2.Mamba2ForCausalLM,
+    modeling_mamba2.Mamba2Model,
+)
+# The arguments that each of them takes by position, in order.
+_POSITIONAL = {model: tuple(inspect.signature(model.forward).parameters)[1:] for model in MODELS}
+
+
+def packing_support(model: nn.Module, device: str | None = None) -> str | None:
+    """None where documents packed into a row of `model` stay exactly apart, else why they would not, in a sentence.
+
+    Args:
+        device: kind of device ("cpu", "cuda", …) that the model will run on; default: where its mixers are now.
+    """
+    mixers = _mixers(model)
+    if not mixers:
+        return f"{type(model).__name__} has no Mamba or Mamba-2 mixers of this package to keep packed documents apart."
+    if not all(isinstance(mixer, CachedMixer) for mixer in mixers):
+        return f"{type(model).__name__} runs transformers' own mixers, which mix packed documents; see use_mixers."
+    for kind in {device} if device else {parameter.device.type for mixer in mixers for parameter in mixer.parameters()}:
+        try:
+            chosen = kernels.select(kind)
+        except kernels.KernelError as error:
+            return str(error)
+        for operation in OPERATIONS:
+            if "seq_idx" not in inspect.signature(getattr(chosen, operation)).parameters:
+                return (
+                    f"The {chosen.name} kernels for {kind} cannot keep packed documents apart: {operation} mixes them."
+                )
+    return None
+
+
+def hook_models(model: nn.Module) -> None:
+    """Put the hooks on every model class of the two families inside `model` that runs our mixers; again is harmless."""
+    for module in model.modules():
+        if not isinstance(module, MODELS) or not all(isinstance(mixer, CachedMixer) for mixer in _mixers(module)):
+            continue
+        hook = _spread if isinstance(module, modeling_mamba2.Mamba2Model) else _gather
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _mixers(model: nn.Module) -> list[nn.Module]:
+    """Mixers of both families, ours or transformers', also where FSDP2 has made a subclass of their class."""
+    known = (modeling_mamba.MambaMixer, modeling_mamba2.Mamba2Mixer)
+    return [module for module in model.modules() if isinstance(module, known)]
+
+
+def _gather(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a causal LM and of Mamba-1's backbone: the boundaries travel with the mask from here."""
+    given = _by_name(model, args, kwargs)
+    mask, seq_idx = _rows(given)
+    if isinstance(model, modeling_mamba.MambaModel):
+        # Spare the layers a mask that masks nothing, looked at once a forward, as Mamba2Model does itself.
+        if mask is not None and not torch.compiler.is_compiling() and bool((mask != 0).all()):
+            mask = None
+    return _replace_mask(model, args, kwargs, mask if seq_idx is None else PackedRows(mask, seq_idx))
+
+
+def _spread(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of Mamba-2's backbone, which looks at the mask itself and hands further arguments on."""
+    mask, seq_idx = _rows(_by_name(model, args, kwargs))
+    args, kwargs = _replace_mask(model, args, kwargs, mask)
+    return args, kwargs if seq_idx is None else {**kwargs, "seq_idx": seq_idx}
+
+
+def _names(model: nn.Module) -> tuple[str, ...]:
+    return next(names for kind, names in _POSITIONAL.items() if isinstance(model, kind))
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    return {**dict(zip(_names(model), args, strict=False)), **kwargs}
+
+
+def _replace_mask(model: nn.Module, args: tuple, kwargs: dict, mask: Tensor | PackedRows | None) -> tuple[tuple, dict]:
+    """The same call with another attention_mask."""
+    position = _names(model).index("attention_mask")
+    if position < len(args):
+        return (*args[:position], mask, *args[position + 1 :]), kwargs
+    return (args, kwargs) if mask is kwargs.get("attention_mask") else (args, {**kwargs, "attention_mask": mask})
+
+
+def _rows(given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """(attention_mask, seq_idx) of a forward with these arguments; seq_idx is None where nothing tells of packing.
+
+    Raises:
+        ValueError: seq_idx or position_ids are not of the tokens' shape, or position_ids restart after a cached state.
+    """
+    mask = given.get("attention_mask")
+    if isinstance(mask, PackedRows):
+        return mask
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    seq_idx, position_ids = given.get("seq_idx"), given.get("position_ids")
+    if tokens is None:
+        return mask, None
+    batch, length = tokens.shape[:2]
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, length):
+            raise ValueError(
+                f"seq_idx has shape {tuple(seq_idx.shape)}; it numbers the document of each of the (batch, tokens) = "
+                f"{(batch, length)} tokens of this forward."
+            )
+        return mask, seq_idx
+    if position_ids is None:
+        return mask, None
+    starts = _starts(position_ids, mask, batch, length)
+    cache = given.get("cache_params")
+    if cache is not None and cache.get_recurrent_state(0) is not None:
+        # Whether a row goes on from the cache or starts anew would differ from row to row; seq_idx cannot say so.
+        if bool(starts.any()):
+            raise ValueError(
+                "position_ids restart at 0 in a forward that goes on from a cached state. Start a document without a "
+                "cache, or pass seq_idx, with which the first document of each row goes on from the cache."
+            )
+        return mask, None
+    return mask, starts.cumsum(1, dtype=torch.int32)
+
+
+def _starts(position_ids: Tensor, mask: Tensor | None, batch: int, length: int) -> Tensor:
+    """(batch, length) bool: True at each token, padding apart, whose position is 0."""
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
+        raise ValueError(
+            f"position_ids have shape {tuple(position_ids.shape)}; Mamba reads from them where the documents of the "
+            f"(batch, tokens) = {(batch, length)} tokens of this forward start."
+        )
+    starts = (position_ids == 0).expand(batch, length)
+    if mask is not None and mask.ndim == 2:
+        starts = starts & (mask[:, -length:] != 0)  # padding has position 0 as well, and may lie inside a document
+    return starts
