@@ -1,0 +1,1 @@
+"""The commands `mamba-ft` and `mamba-study`: options in, one call into the packages, a table out."""
