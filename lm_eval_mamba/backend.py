@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import transformers
-from lm_eval.api.model import CacheHook
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_mamba.precisions import REQUEST, Precisions, scorers
 from peft_mamba import checkpoints, kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
 from peft_mamba.mixers import mixers_of, use_mixers
@@ -59,6 +63,8 @@ class MambaAMP(HFLM):
             the original format that have none.
         peft: local directory or hub id of a PEFT adapter; applied in full or refused.
         device: default CUDA where there is one, else the CPU.
+        precisions, reference: for the divergence task groups, which get them from lm-eval as metadata; checked here,
+            where no model is loaded yet. They leave other tasks in `dtype`.
         **kwargs: everything else that lm-eval's `hf` backend takes (`batch_size`, `max_length`, …).
 
     Raises:
@@ -67,6 +73,10 @@ class MambaAMP(HFLM):
     """
 
     _model: Any
+    batch_size_per_gpu: Any
+    batch_sizes: dict[int, int]
+    mixed_precision_dtype: torch.dtype | None
+    cache_hook: CacheHook
 
     def __init__(
         self,
@@ -77,12 +87,20 @@ class MambaAMP(HFLM):
         revision: str | None = "main",
         peft: str | None = None,
         device: str | None = None,
+        precisions: str | Sequence[str] | None = None,
+        reference: str | None = None,
         **kwargs: Any,
     ) -> None:
         for name, instead in _REFUSED.items():
             if kwargs.get(name):
                 raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
         self.precision = Precision.parse(dtype, weights_dtype)
+        self._asked = Precisions.parse(precisions, reference) if precisions or reference else None
+        if self._asked is not None:
+            self._check_fp32_weights()
+        self._scoring: list[Precision] = []  # not empty while requests are scored in several precisions
+        self._scored: dict[str, Precision] = {}
+        self._found_batch_sizes: dict[int, int] = {}
         if pretrained is None:
             logger.info("pretrained is not given: evaluating the embedded checkpoint '%s'.", DEFAULT_CHECKPOINT)
             pretrained = DEFAULT_CHECKPOINT
@@ -116,6 +134,7 @@ class MambaAMP(HFLM):
         # HFLM learns its rank only where a machine has several CUDA devices; this covers CPUs and one GPU a process.
         if self.world_size == 1 and getattr(self, "accelerator", None) is not None:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        scorers.add(self)
         if self.rank == 0:
             logger.info("precision %s", self.precision)
             logger.info("kernels %(kernels)s (%(reason)s)", self.kernel_path)
@@ -185,11 +204,121 @@ class MambaAMP(HFLM):
     def _nonfinite(self, forward: Any) -> NonFiniteError:
         with self.precision.scope(self.device):
             where = first_nonfinite(self.model, forward)
-        hint = " fp16 holds nothing above 65504; try dtype=bf16." if "float16" in str(self.precision.autocast) else ""
+        hint = ""
+        if self.precision.autocast is torch.float16:
+            instead = "leave fp16 out: precisions=fp32+bf16" if self._scoring else "try dtype=bf16"
+            hint = f" fp16 holds nothing above 65504; {instead}."
         return NonFiniteError(
             f"log-probabilities are NaN in {self.precision.name}: "
             f"{where or 'the forward pass, repeated, was finite'}. No score is reported.{hint}"
         )
+
+    # scoring in several precisions
+
+    def loglikelihood_by_precision(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[dict[str, tuple[float, bool]]]:
+        """Score each request in several precisions; what the divergence task groups ask for.
+
+        Args:
+            requests: their arguments are (context, continuation, options); `options["precisions"]` are names of
+                precisions, `options["rebatched"]` asks for other batches than the run's own: one request at a time, or
+                8 where the run itself takes one at a time.
+
+        Returns:
+            For each request, precision -> (log-probability, greedy). In each precision the requests stand in the same
+            batches, so that what differs is the precision alone.
+
+        Raises:
+            PrecisionError: the weights are cast (`weights_dtype`), the device lacks a precision, or the model was given
+                other `precisions` than the tasks.
+            NonFiniteError: a log-probability is NaN; names the precision and the first layer that produced it.
+        """
+        self._check_fp32_weights()
+        answers: list[Any] = [None] * len(requests)
+        groups: dict[tuple[tuple[str, ...], bool], list[int]] = {}
+        stored = self.cache_hook.dbdict
+        for i, request in enumerate(requests):
+            options = request.args[2]
+            # The options are part of the key, and a request is served in all of its precisions or in none: answers of
+            # two precisions that were not scored in the same batches never meet.
+            key = hash_args(REQUEST, request.args)
+            if stored is not None and key in stored:
+                answers[i] = stored[key]
+            else:
+                groups.setdefault((tuple(options["precisions"]), options["rebatched"]), []).append(i)
+        for names, rebatched in sorted(groups, key=lambda group: group[1]):  # rebatched ones need the run's batch size
+            indices = groups[names, rebatched]
+            scored = self._score([requests[i] for i in indices], names, rebatched, disable_tqdm)
+            for i, answer in zip(indices, scored, strict=True):
+                answers[i] = answer
+                if stored is not None:
+                    stored[hash_args(REQUEST, requests[i].args)] = answer
+        return answers
+
+    def _score(self, requests: list[Instance], names: Sequence[str], rebatched: bool, disable_tqdm: bool) -> Any:
+        if self._asked is not None and not set(names) <= set(self._asked.names):
+            raise PrecisionError(
+                f"the model was given precisions={self._asked}, the tasks {', '.join(names)}. lm-eval hands model "
+                "arguments on to tasks as metadata, but not to a TaskManager of your own: give it metadata= with them."
+            )
+        if self.precision.name != "fp32":
+            logger.warning("dtype=%s does not apply here: these tasks are scored in %s.", self.precision.name, names)
+        precisions = [Precision.parse(name) for name in names]
+        for precision in precisions:
+            precision.check_device(self.device)
+        plain = [Instance("loglikelihood", r.doc, r.args[:2], r.idx, r.metadata) for r in requests]
+        batch_size, cache_hook = self.batch_size_per_gpu, self.cache_hook
+        if rebatched:
+            own = max(self.batch_sizes.values(), default=0) if batch_size == "auto" else batch_size
+            self.batch_size_per_gpu = 8 if own == 1 else 1
+        self.cache_hook = CacheHook(None)  # HFLM would store each answer as a plain one of this context
+        self._scoring, self._found_batch_sizes = precisions, {}
+        self._scored |= dict(zip(names, precisions, strict=True))
+        try:
+            return self.loglikelihood(plain, disable_tqdm=disable_tqdm)
+        finally:
+            self.batch_size_per_gpu, self.cache_hook, self._scoring = batch_size, cache_hook, []
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        if not self._scoring:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        answers = []
+        for precision in self._scoring:
+            with self._computing_in(precision):
+                answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+            self._found_batch_sizes = dict(self.batch_sizes)
+        names = [precision.name for precision in self._scoring]
+        return [dict(zip(names, by_precision, strict=True)) for by_precision in zip(*answers, strict=True)]
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
+        if self._scoring and not self.batch_sizes:  # HFLM forgets them at each call
+            self.batch_sizes = dict(self._found_batch_sizes)
+        return super()._batch_scheduler(pos, n_reordered_requests)
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        # Which precision needs most memory depends on the model: autocast adds copies of weights and of logits.
+        sizes = []
+        for precision in self._scoring or [self.precision]:
+            with self._computing_in(precision):
+                sizes.append(super()._detect_batch_size(requests, pos))
+        return min(sizes)
+
+    @contextmanager
+    def _computing_in(self, precision: Precision) -> Iterator[None]:
+        own = self.precision, self.mixed_precision_dtype
+        self.precision, self.mixed_precision_dtype = precision, precision.autocast
+        try:
+            yield
+        finally:
+            self.precision, self.mixed_precision_dtype = own
+
+    def _check_fp32_weights(self) -> None:
+        if self.precision.weights != torch.float32:
+            raise PrecisionError(
+                f"{self.precision.name}: a divergence is one of fp32 weights under autocast, and these weights are "
+                f"{self.precision.weights}. Leave weights_dtype out."
+            )
 
     # results
 
@@ -226,6 +355,7 @@ class MambaAMP(HFLM):
         """lm-eval's model information and what this backend decided; goes into the results file's `config`."""
         return super().get_model_info() | {
             "precision": self.precision.as_dict(),
+            "scored_by_precision": {name: precision.as_dict() for name, precision in self._scored.items()} or None,
             "kernel_path": self.kernel_path,
             "checkpoint": checkpoints.describe(self.model),
             "adapter": {"source": self.peft, **_describe_adapter(self.model)} if self.peft else None,

@@ -22,8 +22,8 @@ class ShotTask(ConfigurableTask):
     """A benchmark with a fixed number of shots.
 
     Attributes:
-        scores: (n,) accuracies, one a document, over the documents of all ranks; None until lm-eval aggregates them on
-            rank 0.
+        recorded: metric -> its values, one a document, over the documents of all ranks; filled when lm-eval aggregates
+            them on rank 0.
     """
 
     dataset: Any
@@ -37,8 +37,13 @@ class ShotTask(ConfigurableTask):
         """
         self._zero_shot = zero_shot
         self._samples: list[int] | None = None
-        self.scores: np.ndarray | None = None
+        self.recorded: dict[str, Sequence] = {}
         super().__init__(config=config)
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """(n,) accuracies, or None before lm-eval has aggregated them."""
+        return np.asarray(self.recorded["acc"]) if "acc" in self.recorded else None
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self._zero_shot is not None:
@@ -79,21 +84,21 @@ class ShotTask(ConfigurableTask):
     def aggregation(self) -> dict[str, Callable]:
         # lm-eval calls these on rank 0 with the values of all documents: the one place where all of them are seen.
         functions = super().aggregation()
-        return functions | {"acc": _Recorder(functions["acc"], self)} if "acc" in functions else functions
+        return functions | {"acc": Recorder(functions["acc"], self, "acc")} if "acc" in functions else functions
 
 
-class _Recorder:
-    """An aggregation that keeps what it aggregates, in `task.scores`.
+class Recorder:
+    """An aggregation that keeps what it aggregates, in `task.recorded`.
 
     lm-eval looks up a metric's standard error by its aggregation function, so this equals the function it stands for.
     """
 
-    def __init__(self, function: Callable, task: ShotTask) -> None:
+    def __init__(self, function: Callable, task: ShotTask, metric: str) -> None:
         functools.update_wrapper(self, function)
-        self._function, self._task = function, task
+        self._function, self._task, self._metric = function, task, metric
 
     def __call__(self, items: Sequence) -> Any:
-        self._task.scores = np.asarray(items)
+        self._task.recorded[self._metric] = items
         return self._function(items)
 
     def __eq__(self, other: object) -> bool:
@@ -103,8 +108,20 @@ class _Recorder:
         return hash(self._function)
 
 
-def shot_tasks(prefix: str, definition: Path, shot_counts: Sequence[int], metadata: dict[str, Any]) -> list[ShotTask]:
+def shot_tasks(
+    prefix: str,
+    definition: Path,
+    shot_counts: Sequence[int],
+    metadata: dict[str, Any],
+    make: Callable[..., ShotTask] = ShotTask,
+    embedded: str = "icl_gap_mini",
+) -> list[ShotTask]:
     """The benchmark defined in a task YAML at each of `shot_counts` (0 first), named `<prefix>_<k>shot`.
+
+    Args:
+        metadata: added to the definition's own, which wins.
+        make: a subclass of `ShotTask`.
+        embedded: the group that an error for want of a network names instead.
 
     Raises:
         FileNotFoundError: lm-eval has moved the definition.
@@ -126,11 +143,11 @@ def shot_tasks(prefix: str, definition: Path, shot_counts: Sequence[int], metada
             "metadata": {**metadata, **config.get("metadata", {})},
         }
         try:
-            tasks.append(ShotTask(variant, zero_shot=tasks[0] if tasks else None))
+            tasks.append(make(variant, zero_shot=tasks[0] if tasks else None))
         except OSError as error:  # datasets: no network, offline mode, nothing cached, no such data set
             raise ConnectionError(
                 f"{prefix}: the data set {config.get('dataset_path')} is neither cached nor reachable "
-                f"({type(error).__name__}: {error}). The embedded benchmark needs no network: --tasks icl_gap_mini."
+                f"({type(error).__name__}: {error}). The embedded benchmark needs no network: --tasks {embedded}."
             ) from error
     return tasks
 

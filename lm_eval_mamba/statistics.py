@@ -8,20 +8,64 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.floating[Any]]
+from lm_eval_mamba.bootstrap import DRAWS, SEED, Array, bootstrap
+
+# A divergence of more than this many percentage points at a shot count is a large deviation spike. The margin: 0.51 -
+# 0.50 is one point, and in floating point a little more.
+SPIKE = 1 + 1e-9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its standard error; NaN where it is undefined."""
+    """A figure with its standard error, and a 95% interval where it was bootstrapped; NaN where it is undefined."""
 
     value: float
     stderr: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs over the documents of one benchmark, each array (shots, documents).
+
+    Attributes:
+        reference, other: scores (0 or 1 for accuracy).
+        flipped: 1 where the answers differ, right or wrong; None where answers are not known.
+        change: absolute difference of the log-likelihood of the reference's answer; None where not known.
+    """
+
+    reference: Array
+    other: Array
+    flipped: Array | None = None
+    change: Array | None = None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What separates a run from its reference; differences in percentage points.
+
+    Attributes:
+        reference, other: shots -> accuracy.
+        difference: shots -> other - reference.
+        mean: mean over shots of the absolute difference.
+        std: its standard deviation over shots (n - 1); NaN at a single shot count.
+        spikes: shot counts at which it exceeds 1.
+        flips: share of documents whose answer differs, in percent, mean over shots.
+        change: mean absolute difference of the log-likelihood of the reference's answer, in nats.
+    """
+
+    reference: dict[int, Estimate]
+    other: dict[int, Estimate]
+    difference: dict[int, Estimate]
+    mean: Estimate
+    std: Estimate
+    spikes: Estimate
+    flips: Estimate | None
+    change: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -110,3 +154,131 @@ def _stderr_of_mean(influences: Sequence[Array]) -> float:
         return float("nan")
     variances = [np.square(influence).sum() / (len(influence) * (len(influence) - 1)) for influence in influences]
     return float(np.sqrt(np.sum(variances)) / len(influences))
+
+
+def divergence(
+    pairs: Mapping[str, Pair],
+    shot_counts: Sequence[int],
+    weights: Mapping[str, float] | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> Divergence:
+    """Divergence of one run from another over the same documents, with a paired bootstrap.
+
+    Standard errors and 95% intervals (percentiles) are those of draws of documents within each benchmark; an interval
+    is widened to hold its figure. The absolute difference of resampled accuracies is biased away from zero, so where
+    sampling error alone (draws centred on no difference) would give as large a mean divergence, its interval begins at
+    0.
+
+    Args:
+        pairs: benchmark -> its two runs, rows in the order of `shot_counts`.
+        weights: benchmark -> its weight in the mean over benchmarks, such as its number of documents, as in lm-eval's
+            group `mmlu`; default equal ones.
+
+    Raises:
+        ValueError: no benchmark, or arrays whose shapes differ.
+    """
+    k = len(shot_counts)
+    strata: list[Array] = []
+    for name, pair in pairs.items():
+        parts = [
+            np.asarray(x, dtype=float) for x in (pair.reference, pair.other, pair.flipped, pair.change) if x is not None
+        ]
+        shapes = {x.shape for x in parts}
+        if len(shapes) != 1 or parts[0].shape[0] != k or parts[0].shape[1] == 0:
+            raise ValueError(f"{name}: arrays of {sorted(shapes)}; expected ({k} shot counts, documents) for each")
+        reference, other, *answers = parts
+        # Differences by document, not of means: equal runs then differ by exactly 0.
+        columns = [*reference, *other, *(other - reference), *(x.mean(axis=0) for x in answers)]
+        strata.append(np.stack(columns, axis=1))
+    if not strata or len({stratum.shape[1] for stratum in strata}) != 1:
+        raise ValueError("divergence needs benchmarks, and answers of each of them or of none")
+    weight = np.array([weights[name] if weights else 1 for name in pairs], dtype=float)
+    weight /= weight.sum()
+
+    def figures(means: Array) -> Array:
+        total = np.einsum("...sc,s->...c", means, weight)
+        points = 100 * total[..., 2 * k : 3 * k]
+        absolute = np.abs(points)
+        mean, spikes = absolute.mean(axis=-1), (absolute > SPIKE).sum(axis=-1)
+        std = absolute.std(axis=-1, ddof=1) if k > 1 else np.full_like(mean, np.nan)
+        summary = np.stack([mean, std, spikes], axis=-1)
+        return np.concatenate([total[..., : 2 * k], points, summary, total[..., 3 * k :]], axis=-1)
+
+    value, drawn = bootstrap(strata, figures, draws, seed)
+    known = all(len(stratum) > 1 for stratum in strata)
+    estimates = [_bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
+    accuracy, treated, difference = (
+        dict(zip(shot_counts, estimates[i * k : (i + 1) * k], strict=True)) for i in range(3)
+    )
+    mean, std, spikes, *rest = estimates[3 * k :]
+    chance = np.abs(drawn[:, 2 * k : 3 * k] - value[2 * k : 3 * k]).mean(axis=1)
+    if mean.interval is not None and mean.value <= np.quantile(chance, 0.975):
+        mean = Estimate(mean.value, mean.stderr, (0.0, mean.interval[1]))
+    first = next(iter(pairs.values()))
+    return Divergence(
+        reference=accuracy,
+        other=treated,
+        difference=difference,
+        mean=mean,
+        std=std,
+        spikes=spikes,
+        flips=_times(rest.pop(0), 100) if first.flipped is not None else None,
+        change=rest.pop(0) if first.change is not None else None,
+    )
+
+
+def icl_gap_difference(
+    reference: Mapping[str, Mapping[int, ArrayLike]],
+    other: Mapping[str, Mapping[int, ArrayLike]],
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> ICLGap:
+    """`icl_gap` of another run minus that of a reference over the same documents, in percentage points, bootstrapped.
+
+    Args:
+        reference, other: as in `icl_gap`, with the same benchmarks, shot counts and documents.
+
+    Raises:
+        ValueError: as in `icl_gap`, or the two differ in benchmarks, shot counts or numbers of documents.
+    """
+    sides = [
+        {name: {k: np.asarray(x, dtype=float) for k, x in by_shots.items()} for name, by_shots in side.items()}
+        for side in (reference, other)
+    ]
+    shot_counts = _shot_counts(sides[0])
+    if _shot_counts(sides[1]) != shot_counts or sides[0].keys() != sides[1].keys():
+        raise ValueError("icl_gap_difference needs the same benchmarks at the same shot counts on both sides")
+    k = len(shot_counts)
+    strata = [
+        np.stack([side[name][shots] for side in sides for shots in (0, *shot_counts)], axis=1) for name in sides[0]
+    ]
+
+    def figures(means: Array) -> Array:
+        base, treated = means[..., : k + 1], means[..., k + 1 :]
+        gaps = [improvement(side[..., :1], side[..., 1:]).mean(axis=-2) for side in (base, treated)]
+        difference = gaps[1] - gaps[0]
+        return np.concatenate([difference, difference.mean(axis=-1, keepdims=True)], axis=-1)
+
+    value, drawn = bootstrap(strata, figures, draws, seed)
+    known = all(len(stratum) > 1 for stratum in strata)
+    *by_shots, aipss = [_bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
+    return ICLGap(
+        improvement=dict(zip(shot_counts, by_shots, strict=True)),
+        aipss=aipss,
+        undefined=tuple(name for name in sides[0] if any(side[name][0].mean() == 0 for side in sides)),
+    )
+
+
+def _bootstrapped(value: float, drawn: Array, known: bool) -> Estimate:
+    """An estimate from its draws; no error where a benchmark has a single document, or a figure is undefined."""
+    defined = drawn[np.isfinite(drawn)]  # a relative improvement is undefined in draws without a right answer
+    if not known or np.isnan(value) or len(defined) < 2:
+        return Estimate(float(value), float("nan"))
+    low, high = np.quantile(defined, (0.025, 0.975))
+    return Estimate(float(value), float(defined.std(ddof=1)), (float(min(low, value)), float(max(high, value))))
+
+
+def _times(estimate: Estimate, factor: float) -> Estimate:
+    interval = estimate.interval and (factor * estimate.interval[0], factor * estimate.interval[1])
+    return Estimate(factor * estimate.value, factor * estimate.stderr, interval)
