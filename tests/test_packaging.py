@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"lm_eval_mamba": "lm_eval_mamba", "peft_mamba": "peft_mamba", "tasks": "lm_eval_mamba/tasks"}
+ROOMS = {
+    "lm_eval_mamba": "lm_eval_mamba",
+    "peft_mamba": "peft_mamba",
+    "cli": "lm_eval_mamba/cli",
+    "tasks": "lm_eval_mamba/tasks",
+}
 
 
 def run(*command, **kwargs) -> subprocess.CompletedProcess:
