@@ -13,8 +13,9 @@ demo: $(INSTALLED)
 	@log=$$(mktemp); $(DEMO) pretrained=mini-2 >$$log 2>&1 & \
 	$(DEMO) pretrained=mini; status=$$?; wait $$! || status=1; cat $$log; rm -f $$log; exit $$status
 
+# Two workers with a thread each: most tests wait for Python, few for arithmetic.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

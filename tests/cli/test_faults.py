@@ -168,7 +168,7 @@ def test_a_finished_run_is_not_run_again(ft, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("--learning-rate", "0.5", "learning_rate was 0.005 and is 0.5"), ("--seed", "7", "seed was 0 and is 7")],
+    [("--learning-rate", "0.5", "learning_rate was 0.003 and is 0.5"), ("--seed", "7", "seed was 0 and is 7")],
 )
 def test_a_run_is_not_resumed_as_another_one(ft, tmp_path, option, value, said):
     ft()
