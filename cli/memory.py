@@ -29,7 +29,8 @@ CPU_SHARE = 0.8  # of the memory that is free: there is no error to catch where 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: fp32 weights, gradients and AdamW's two moments of what trains, and activations of one token.
+    """Bytes: fp32 weights, gradients and AdamW's two moments of what trains, copies of weights in half precision, and
+    what one token leaves for backward.
 
     The workspace of the loss and the allocator's fragments come on top of it.
     """
@@ -37,37 +38,40 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
+    copies: float
     activations_per_token: float
-
-    @property
-    def static(self) -> int:
-        return self.weights + self.gradients + self.optimizer
 
     def total(self, tokens: int) -> float:
         """Bytes of a step over `tokens` tokens at once."""
-        return self.static + tokens * self.activations_per_token
+        static = self.weights + self.gradients + self.optimizer + self.copies
+        return static + tokens * self.activations_per_token
 
 
 def estimate(model: Any, settings: Settings, precision: Precision, device: torch.device) -> MemoryEstimate:
     """For a model with its adapter, which may be on the meta device."""
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    copies, activations = _kept(model.config, settings, precision, device)
     return MemoryEstimate(
         weights=4 * sum(parameter.numel() for parameter in parameters),
         gradients=4 * trainable,
         optimizer=8 * trainable,
-        activations_per_token=_activations_per_token(model.config, settings, precision, device),
+        copies=copies,
+        activations_per_token=activations,
     )
 
 
-def _activations_per_token(
+def _kept(
     config: PretrainedConfig, settings: Settings, precision: Precision, device: torch.device
-) -> float:
-    one, two = (_kept(_with_layers(config, layers), settings, precision, device) for layers in (1, 2))
+) -> tuple[float, float]:
+    """Bytes that the backbone keeps for backward: whatever the batch, and a token."""
     layers = config.num_hidden_layers
+    (fixed_one, token_one), (fixed_two, token_two) = (
+        _kept_by(_with_layers(config, count), settings, precision, device) for count in (1, 2)
+    )
     if settings.gradient_checkpointing:  # each layer's input, and all of the one that is being recomputed
-        return one + (layers - 1) * 4 * config.hidden_size
-    return one + (layers - 1) * (two - one)
+        return fixed_one, token_one + (layers - 1) * 4 * config.hidden_size
+    return fixed_one + (layers - 1) * (fixed_two - fixed_one), token_one + (layers - 1) * (token_two - token_one)
 
 
 def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -76,28 +80,33 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def _kept(config: PretrainedConfig, settings: Settings, precision: Precision, device: torch.device) -> float:
-    """Bytes that the backbone keeps for backward, a token."""
+def _kept_by(
+    config: PretrainedConfig, settings: Settings, precision: Precision, device: torch.device
+) -> tuple[float, float]:
+    """The same for a whole model of this config, which is built with random weights."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         use_mixers(bare)
         model, _ = with_adapter(bare, settings)
-        tokens = torch.zeros(1, settings.max_length, dtype=torch.long)
     model.train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def kept(rows: int) -> int:
+        storages: dict[int, torch.UntypedStorage] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), precision.scope(device):
-        output = bare.base_model(input_ids=tokens, use_cache=False)
-    # Casts of weights are kept once, whatever the number of tokens; they are few beside the weights.
-    del output
-    return sum(storage.nbytes() for storage in kept.values()) / settings.max_length
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage  # held, so that no other gets its address
+            return tensor
+
+        tokens = torch.zeros(rows, settings.max_length, dtype=torch.long, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), precision.scope(device):
+            bare.base_model(input_ids=tokens, use_cache=False)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    one, two = kept(1), kept(2)
+    return max(2 * one - two, 0), (two - one) / settings.max_length
 
 
 def fit_batch(model: Any, settings: Settings, precision: Precision, device: torch.device, world: int) -> int:

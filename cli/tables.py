@@ -57,11 +57,17 @@ def print_plan(
 def print_memory(console: Console, needs: MemoryEstimate, settings: Settings) -> None:
     batch = DEFAULT_BATCH_SIZE if settings.batch_size == "auto" else int(settings.batch_size)
     tokens = batch * settings.max_length
+    parts = {
+        "weights": needs.weights,
+        "gradients": needs.gradients,
+        "AdamW": needs.optimizer,
+        "copies of weights": needs.copies,
+        f"activations of {batch} x {settings.max_length} tokens": tokens * needs.activations_per_token,
+    }
     console.print(
-        f"memory: about {gib(needs.total(tokens))}: weights {gib(needs.weights)}, gradients {gib(needs.gradients)}, "
-        f"AdamW {gib(needs.optimizer)}, activations {gib(tokens * needs.activations_per_token)} for {batch} x "
-        f"{settings.max_length} tokens ({needs.activations_per_token / 1024:,.0f} KiB a token); the loss's workspace "
-        "and the allocator's fragments come on top.",
+        f"memory: about {gib(needs.total(tokens))}: {', '.join(f'{name} {gib(size)}' for name, size in parts.items())} "
+        f"({needs.activations_per_token / 1024:,.0f} KiB a token); the loss's workspace and the allocator's fragments "
+        "come on top.",
         highlight=False,
         soft_wrap=True,
     )

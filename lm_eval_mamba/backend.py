@@ -10,10 +10,8 @@ against the model, and an error where a score would be NaN.
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from peft_mamba.adapter_io import AdapterError, SavedAdapter
 from peft_mamba.mixers import mixers_of, use_mixers
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
 from peft_mamba.precision import Precision, PrecisionError
+from peft_mamba.provenance import versions
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # below the logger that lm-eval configures
 
@@ -359,20 +358,8 @@ class MambaAMP(HFLM):
             "kernel_path": self.kernel_path,
             "checkpoint": checkpoints.describe(self.model),
             "adapter": {"source": self.peft, **_describe_adapter(self.model)} if self.peft else None,
-            "versions": _versions(),
+            "versions": versions(),
         }
-
-
-def _versions() -> dict[str, str | None]:
-    """What a score may depend on; None where an optional package is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    required = ("lm-eval-mamba", "lm_eval", "torch", "transformers", "peft", "accelerate")
-    for name in (*required, "triton", "mamba-ssm", "causal-conv1d"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def _describe_adapter(model: Any) -> dict[str, Any]:

@@ -169,9 +169,10 @@ def test_the_estimate_of_a_tokens_activations_is_what_the_whole_model_keeps(mode
     config.num_hidden_layers = 5
     settings = memory_settings(model, precision)
     parsed = Precision.parse(precision)
-    whole = memory._kept(config, settings, parsed, torch.device("cpu"))
-    told = memory._activations_per_token(config, settings, parsed, torch.device("cpu"))
+    whole = memory._kept_by(config, settings, parsed, torch.device("cpu"))
+    told = memory._kept(config, settings, parsed, torch.device("cpu"))
     assert told == pytest.approx(whole, rel=0.01)
+    assert told[1] > 0
 
 
 def memory_settings(model: str, precision: str):
@@ -184,7 +185,7 @@ def memory_settings(model: str, precision: str):
 
 
 def test_batch_size_auto_finds_the_largest_that_fits_and_keeps_the_effective_batch(ft, monkeypatch):
-    needs = memory.MemoryEstimate(weights=0, gradients=0, optimizer=0, activations_per_token=1000)
+    needs = memory.MemoryEstimate(0, 0, 0, 0, activations_per_token=1000)
     monkeypatch.setattr(memory, "estimate", lambda *args: needs)
     free = 5.5 * 64 * 1000 / memory.CPU_SHARE  # five and a half sequences of 64 tokens
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free})())
