@@ -148,7 +148,7 @@ def fit_batch(model: Any, settings: Settings, precision: Precision, device: torc
 
 
 class _Trial:
-    """Tries a step of a given size on a CUDA device and leaves no trace of it."""
+    """Tries a step of a given size on a device and leaves no trace of it."""
 
     def __init__(self, model: Any, settings: Settings, precision: Precision, device: torch.device, world: int) -> None:
         self._model, self._settings, self._precision = model, settings, precision
@@ -158,7 +158,7 @@ class _Trial:
         fitted = self._run(size)
         self._model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        if self._world > 1:  # the slowest to fit decides for all
+        if self._world > 1:  # the one with the least room decides for all
             flag = torch.tensor(float(fitted), device=self._device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
             fitted = bool(flag)
@@ -166,20 +166,10 @@ class _Trial:
 
     def _run(self, size: int) -> bool:
         base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        outputs = ("log_probs", "entropy", "is_top1")  # as SFTTrainer
-        add_fused_lm_head(base, outputs=outputs)
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
         try:
-            with torch.random.fork_rng(devices=[self._device]):
-                tokens = torch.randint(base.config.vocab_size, (size, self._settings.max_length), device=self._device)
-                trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-                copies = 2 + (self._world > 1)
-                room = [torch.empty_like(parameter) for parameter in trainable for _ in range(copies)]
-                self._model.train()
-                with self._precision.scope(self._device):
-                    loss = self._model(input_ids=tokens, labels=tokens, fused_lm_head=True, use_cache=False).loss
-                loss.backward()
-                del room
-            torch.cuda.synchronize(self._device)
+            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+                self._step(size, base.config.vocab_size)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -187,3 +177,16 @@ class _Trial:
         finally:
             del base.forward  # the instance's, which add_fused_lm_head has set
         return True
+
+    def _step(self, size: int, vocabulary: int) -> None:
+        tokens = torch.randint(vocabulary, (size, self._settings.max_length), device=self._device)
+        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        # AdamW's two moments, and DDP's buckets
+        room = [torch.empty_like(each) for each in trainable for _ in range(2 + (self._world > 1))]
+        self._model.train()
+        with self._precision.scope(self._device):
+            loss = self._model(input_ids=tokens, labels=tokens, fused_lm_head=True, use_cache=False).loss
+        loss.backward()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        del room

@@ -5,19 +5,25 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from lm_eval_mamba.cli import memory
+from lm_eval_mamba.cli import model as models
 from lm_eval_mamba.cli.ft import main
+from lm_eval_mamba.cli.settings import ModelFacts, resolve
 from lm_eval_mamba.cli.trainer import MambaTrainer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_mamba.checkpoints import AutoMambaForCausalLM
+from peft_mamba.checkpoints import AutoMambaForCausalLM, load_config
 from peft_mamba.checkpoints import resolve as where
+from peft_mamba.precision import Precision
 
 from .conftest import QUICK, SMALL
+from .test_settings import PLAIN
 
 COMBINATIONS = [
     *((model, preset, "fp32") for model in ("mini", "mini-2") for preset in ("full", "all", "sll", "w", "not-w")),
@@ -162,9 +168,6 @@ def test_a_dry_run_says_it_all_and_does_nothing(ft, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_estimate_of_a_tokens_activations_is_what_the_whole_model_keeps(model, precision):
     """Two layers tell what all keep: here a model of five, counted as a whole."""
-    from peft_mamba.checkpoints import load_config
-    from peft_mamba.precision import Precision
-
     config = load_config(model)
     config.num_hidden_layers = 5
     settings = memory_settings(model, precision)
@@ -176,12 +179,34 @@ def test_the_estimate_of_a_tokens_activations_is_what_the_whole_model_keeps(mode
 
 
 def memory_settings(model: str, precision: str):
-    from lm_eval_mamba.cli.settings import ModelFacts, resolve
-
-    from .test_settings import PLAIN
-
     given = {**PLAIN, "model": model, "precision": precision, "dataset": "embedded", "max_length": 96}
     return resolve(given, {}, ModelFacts("mamba", 110_000)).settings
+
+
+@pytest.mark.parametrize("preset", ["full", "sll"])
+def test_a_trial_of_a_batch_leaves_no_trace(monkeypatch, preset):
+    """What decides on a GPU, here on the CPU, where running out of memory has to be played."""
+    settings = replace(memory_settings("mini", "bf16"), preset=preset)
+    loaded = models.load(settings, torch.device("cpu"))
+    model, _ = models.with_adapter(loaded, settings)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    random = torch.get_rng_state()
+    trial = memory._Trial(model, settings, Precision.parse("bf16"), torch.device("cpu"), 1)
+    assert trial(2)
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", full)
+        assert not trial(2)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shapes"):
+        patch.setattr(torch.Tensor, "backward", lambda self: torch.ones(2, 3) @ torch.ones(2, 3))
+        trial(2)
+    assert torch.equal(random, torch.get_rng_state())
+    assert "forward" not in vars(loaded)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_batch_size_auto_finds_the_largest_that_fits_and_keeps_the_effective_batch(ft, monkeypatch):
@@ -236,8 +261,6 @@ def test_a_transformer_is_trained_by_the_same_command(ft, tiny):
 
 
 def test_without_a_name_each_run_gets_a_directory_of_its_own(tmp_path, monkeypatch):
-    from click.testing import CliRunner
-
     monkeypatch.chdir(tmp_path)
     ran = CliRunner().invoke(main, [*QUICK, "--max-steps", "1", "--preset", "w"])
     assert ran.exit_code == 0, ran.output
