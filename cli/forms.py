@@ -101,7 +101,7 @@ def _alpaca(row: Row) -> Row | None:
     instruction, output = _string(row, "instruction"), _string(row, "output")
     extra = _string(row, "input") if row.get("input") is not None else ""
     if not output.strip():
-        return None  # as 28 of the 52,002 rows of tatsu-lab/alpaca
+        return None  # tatsu-lab/alpaca has such rows
     if not instruction.strip():
         raise DataError("the instruction is empty")
     if extra.strip():
@@ -141,7 +141,7 @@ def _prompt_completion(row: Row) -> Row | None:
 
 def _text(row: Row) -> Row | None:
     text = _string(row, "text")
-    return {"text": text} if text.strip() else None  # as every other row of wikitext
+    return {"text": text} if text.strip() else None  # files of lines have empty ones
 
 
 READERS: dict[str, Callable[[Row], Row | None]] = {
