@@ -24,11 +24,6 @@ def without_environment_report():
 
 
 @pytest.fixture(scope="module")
-def manager():
-    return our_tasks()
-
-
-@pytest.fixture(scope="module")
 def divergence_runs(manager, tmp_path_factory):
     runs = {name: evaluate(lm, ["divergence_mini"], manager) for name, lm in MODELS.items()}
     return runs, {name: save(run, tmp_path_factory.mktemp(name)) for name, run in runs.items()}

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 
 import lm_eval
@@ -24,6 +21,7 @@ from lm_eval_mamba.precisions import REQUEST, Precisions
 from peft_mamba.nonfinite import NonFiniteError
 from peft_mamba.precision import PrecisionError
 
+from .processes import groups_of_two_processes
 from .stub import StubLM, evaluate, our_tasks
 
 SHOTS = (0, 1, 3, 5)
@@ -38,11 +36,6 @@ def without_environment_report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def manager():
-    return our_tasks()
 
 
 def run(manager, tasks="divergence_mini", arguments=None, **kwargs):
@@ -382,24 +375,7 @@ def test_a_benchmark_without_choices_is_refused():
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path, manager):
-    script = tmp_path / "evaluate.py"
-    script.write_text(
-        "import json, sys, lm_eval\n"
-        "from importlib.resources import files\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "from lm_eval_mamba.backend import MambaAMP\n"
-        "manager = TaskManager(include_path=str(files('lm_eval_mamba.tasks')), include_defaults=False)\n"
-        "lm = MambaAMP(batch_size=32, pretrained='mini')\n"
-        "assert lm.world_size == 2, 'this is not a test of two processes'\n"
-        "results = lm_eval.simple_evaluate(lm, tasks=['divergence_mini'], limit=4, bootstrap_iters=10,\n"
-        "    task_manager=manager)\n"
-        "if lm.rank == 0: json.dump(results['groups'], open(sys.argv[1], 'w'))\n"
-    )
-    # What `accelerate launch` does on GPUs; with --cpu it starts one process only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    subprocess.run([*command, str(tmp_path / "groups.json")], check=True, cwd=tmp_path, env=environment, timeout=300)
-    groups = json.loads((tmp_path / "groups.json").read_text())["divergence_mini"]
+    groups = groups_of_two_processes(tmp_path, "mini", "divergence_mini", LIMIT)["divergence_mini"]
     one = run(manager)["groups"]["divergence_mini"]
     assert groups["noise_floor_documents,none"] == one["noise_floor_documents,none"]
     for key, value in one.items():

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from importlib.resources import files
 
 import datasets
@@ -14,6 +12,8 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from lm_eval_mamba.statistics import icl_gap
+
+from .processes import groups_of_two_processes
 
 SHOTS = (0, 1, 3, 5)
 MINI = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande")
@@ -146,24 +146,7 @@ def test_use_cache_gives_the_same_figures_again(tmp_path, results):
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path, results):
-    script = tmp_path / "evaluate.py"
-    script.write_text(
-        "import json, sys, lm_eval\n"
-        "from importlib.resources import files\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "from lm_eval_mamba.backend import MambaAMP\n"
-        "manager = TaskManager(include_path=str(files('lm_eval_mamba.tasks')), include_defaults=False)\n"
-        "lm = MambaAMP(batch_size=32, pretrained='mini-2')\n"
-        "assert lm.world_size == 2, 'this is not a test of two processes'\n"
-        "results = lm_eval.simple_evaluate(lm, tasks=['icl_gap_mini'], limit=20, bootstrap_iters=10,\n"
-        "    task_manager=manager)\n"
-        "if lm.rank == 0: json.dump(results['groups'], open(sys.argv[1], 'w'))\n"
-    )
-    # What `accelerate launch` does on GPUs; with --cpu it starts one process only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    subprocess.run([*command, str(tmp_path / "groups.json")], check=True, cwd=tmp_path, env=environment, timeout=300)
-    groups = json.loads((tmp_path / "groups.json").read_text())
+    groups = groups_of_two_processes(tmp_path, "mini-2", "icl_gap_mini", 20)
     for name, figures in results["groups"].items():
         for key, value in figures.items():
             if isinstance(value, float) and not math.isnan(value):
