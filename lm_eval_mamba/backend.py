@@ -10,6 +10,7 @@ against the model, and an error where a score would be NaN.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -288,7 +289,15 @@ class MambaAMP(HFLM):
                 answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
             self._found_batch_sizes = dict(self.batch_sizes)
         names = [precision.name for precision in self._scoring]
-        return [dict(zip(names, by_precision, strict=True)) for by_precision in zip(*answers, strict=True)]
+        together = [dict(zip(names, by_precision, strict=True)) for by_precision in zip(*answers, strict=True)]
+        for by_precision in together:
+            infinite = [name for name, (logprob, _) in by_precision.items() if math.isinf(logprob)]
+            if infinite and len(infinite) < len(names):  # in all: the model itself rules the token out
+                raise NonFiniteError(
+                    f"a log-probability is -inf in {', '.join(infinite)} alone: the logit left the range of that "
+                    f"precision in the output head. No score is reported; choose other precisions than {infinite[0]}."
+                )
+        return together
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
         if self._scoring and not self.batch_sizes:  # HFLM forgets them at each call

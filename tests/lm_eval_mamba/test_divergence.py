@@ -265,6 +265,23 @@ def test_overflow_names_layer_and_precision(tiny, tmp_path):
     assert len(lm.loglikelihood_by_precision(requests(names=["fp32", "bf16"]))) == len(PAIRS)
 
 
+def test_a_logit_below_the_range_of_one_precision_is_an_error_and_no_score(tiny):
+    lm = load(tiny["mamba"])
+    token = lm.tok_encode("m")[0]
+
+    def lower(module, args, logits):
+        logits = logits.clone()
+        logits[..., token] -= 70_000  # finite in fp32 and bf16
+        return logits
+
+    hook = lm.model.lm_head.register_forward_hook(lower)
+    with pytest.raises(NonFiniteError, match="-inf in fp16 alone"):
+        lm.loglikelihood_by_precision(requests())
+    assert len(lm.loglikelihood_by_precision(requests(names=["fp32", "bf16"]))) == len(PAIRS)
+    hook.remove()
+    assert len(lm.loglikelihood_by_precision(requests())) == len(PAIRS)
+
+
 def test_adapters_are_scored_in_each_precision(tiny, tmp_path):
     import peft
 
