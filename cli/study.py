@@ -19,10 +19,15 @@ from lm_eval_mamba.results import ResultsError, read
 from lm_eval_mamba.statistics import Estimate
 from peft_mamba.precision import PrecisionError
 
+from .stability import stability_command
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Studies over results of lm-eval."""
+
+
+main.add_command(stability_command)
 
 
 @main.command("compare")
