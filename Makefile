@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # Two workers with a thread each: most tests wait for Python, few for arithmetic.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -286,12 +286,13 @@ def test_adapters_are_scored_in_each_precision(tiny, tmp_path):
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny["mamba"])
-    config = peft.LoraConfig(r=1, lora_alpha=4, target_modules=["x_proj", "in_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=1, lora_alpha=16, target_modules=["x_proj", "in_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
     adapted = load(tiny["mamba"], peft=str(tmp_path)).loglikelihood_by_precision(requests())
     base = load(tiny["mamba"]).loglikelihood_by_precision(requests())
     for ours, theirs in zip(adapted, base, strict=True):
-        assert all(ours[name][0] != pytest.approx(theirs[name][0], rel=1e-4) for name in ours)
+        assert all(ours[name][0] != pytest.approx(theirs[name][0], rel=1e-5) for name in ours)
 
 
 # caches

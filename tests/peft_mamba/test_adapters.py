@@ -171,7 +171,10 @@ def test_save_and_load(adapter, tmp_path):
     assert torch.equal(logits(loaded), expected)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
-    assert json.loads((again / "adapter_config.json").read_text()) == saved | {"inference_mode": True}
+    resaved = json.loads((again / "adapter_config.json").read_text())
+    for config in (saved, resaved):
+        config["target_modules"].sort()  # PEFT writes a set in the order in which it comes
+    assert resaved == saved | {"inference_mode": True}
 
 
 @each_adapter
