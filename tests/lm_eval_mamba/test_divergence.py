@@ -287,7 +287,7 @@ def test_adapters_are_scored_in_each_precision(tiny, tmp_path):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny["mamba"])
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=1, lora_alpha=16, target_modules=["x_proj", "in_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=1, lora_alpha=4, target_modules=["x_proj", "in_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
     adapted = load(tiny["mamba"], peft=str(tmp_path)).loglikelihood_by_precision(requests())
     base = load(tiny["mamba"]).loglikelihood_by_precision(requests())
