@@ -8,6 +8,9 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
 from ..kernels.reference import accumulator_dtype
+from .block import MambaRMSNormGated
+from .projection import project
+from .recompute import can_be_remade
 from .state import CachedMixer, MixerState, conv_window
 
 Tensor = torch.Tensor
@@ -29,18 +32,23 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         seq_idx: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
-        z, xBC, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        z, xBC, dt = project(self.in_proj, hidden_states, sizes=sizes)
         conv_before = None if initial_state is None else initial_state.conv
-        u = kernels.causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu" if self.activation == "silu" else None,
-            initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
-            seq_idx=seq_idx,
-        )
-        if self.activation != "silu":
-            u = self.act(u)
+
+        def convolve() -> Tensor:
+            u = kernels.causal_conv1d(
+                xBC,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation="silu" if self.activation == "silu" else None,
+                initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
+                seq_idx=seq_idx,
+            )
+            return u if self.activation == "silu" else self.act(u)
+
+        u = convolve()
+        can_be_remade(u, convolve)
         group_states = self.n_groups * self.ssm_state_size
         x, B, C = u.split([self.intermediate_size, group_states, group_states], dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast.
@@ -60,4 +68,12 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         state = None
         if return_final_state:
             state = MixerState(conv_window(xBC, conv_before, lengths, self.conv_kernel_size), ssm)
-        return self.out_proj(self.norm(y.flatten(-2), z).to(y.dtype)), state
+        return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
+
+    def _normed(self, y: Tensor, z: Tensor) -> Tensor:
+        if type(self.norm) is not MambaRMSNormGated or self.norm._forward_hooks or self.norm._forward_pre_hooks:
+            return self.norm(y, z).to(y.dtype)
+        normed = self.norm(y, z, out_dtype=y.dtype)
+        source, gate = y.detach(), z.detach()
+        can_be_remade(normed, lambda: self.norm(source, gate, out_dtype=y.dtype))
+        return normed

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as _global
 from transformers.cache_utils import Cache
 
 from ..kernels.reference import first_of_document
+from .recompute import runs_again
 
 Tensor = torch.Tensor
 
@@ -134,6 +136,7 @@ class CachedMixer:
 
     layer_idx: int
     conv_kernel_size: int
+    _forward_hooks: dict
 
     def forward(
         self,
@@ -183,6 +186,10 @@ class CachedMixer:
                 state = state._replace(conv=keep_last_document(state.conv, documents, lengths))
             write_cache(cache_params, self.layer_idx, state)
         return hidden_states if order is None else reorder(hidden_states, order.back)
+
+    def _output_unread(self) -> bool:
+        """Whether this forward only serves its own backward, so that nothing reads what it returns."""
+        return runs_again() and not (self._forward_hooks or _global._global_forward_hooks)
 
     def mix(
         self,
