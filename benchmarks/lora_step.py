@@ -2,17 +2,20 @@
 
     python benchmarks/lora_step.py                              # mamba-790m, batch 16 x 512, bf16
     python benchmarks/lora_step.py --model mamba2-780m
-    python benchmarks/lora_step.py --arms ours-sll-bf16 --profile
+    python benchmarks/lora_step.py --arms ours-sll-bf16:block --profile
     python benchmarks/lora_step.py --lengths alpaca             # packed against padded
     python benchmarks/lora_step.py --scaling --model mamba-130m # length 512 to 65,536 at equal tokens
-    python benchmarks/lora_step.py --fit                        # 2.8B and 2.7B within 24 GB
+    python benchmarks/lora_step.py --fit --arms ours-sll-bf16:block   # 2.8B and 2.7B within 24 GB
 
-An arm is KIND-WHAT-PRECISION. KIND is stock (transformers' own mixers, PEFT's own tuner, accelerate's meaning of mixed
-precision, which is autocast as well) or ours. WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on
-these families (`lora`), of ours the `sll` preset, which has out_proj as well. All arms take the same step: TRL's loss
-over chunks of the vocabulary, backward, the norm of the gradient clipped, AdamW. Weights and tokens are random. The
-first steps, which compile and tune kernels, are not timed; the time is the median of the rest, memory the peak of all
-that is allocated, weights and optimizer included. fp32 is without TF32, but for what mamba-ssm's Triton kernels do.
+An arm is KIND-WHAT-PRECISION[:RECOMPUTE]. KIND is ours, or stock: transformers' mixers and PEFT's own tuner. WHAT is
+full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours the `sll` preset,
+which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our blocks make again
+in backward: none, mixer or block.
+
+All arms take the same step: TRL's loss over chunks of the vocabulary, backward, the norm of the gradient clipped,
+AdamW. Weights and tokens are random. The first steps, which compile and tune kernels, are not timed; the time is the
+median of the rest, memory the peak of all that is allocated, weights and optimizer included. fp32 is without TF32, but
+for what mamba-ssm's Triton kernels do.
 """
 
 from __future__ import annotations
@@ -38,10 +41,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 import peft_mamba
+from peft_mamba.mixers.recompute import DEFAULT, LEVELS, recompute
 from peft_mamba.precision import Precision
 
 STOCK_MODULES = {"mamba": ["in_proj", "x_proj", "embeddings"], "mamba2": ["in_proj", "embeddings"]}
-FULL_STOCK, FULL_OURS, STOCK, OURS = "stock-full-fp32", "ours-full-fp32", "stock-lora-bf16", "ours-sll-bf16"
+FULL_STOCK, FULL_OURS, STOCK = "stock-full-fp32", "ours-full-fp32:none", "stock-lora-bf16"
+OURS = [f"ours-sll-bf16:{level}" for level in LEVELS]
 # Tokens per second over stock's, by family; over either full fp32; the share of stock's full fp32 memory per token.
 GOALS = {"mamba": 3.0, "mamba2": 2.5}
 GOAL_FULL, GOAL_MEMORY, GOAL_PACKED, GOAL_FIT = 10.0, 0.2, 2.0, 24e9
@@ -84,6 +89,7 @@ def stock_tuner() -> Iterator[None]:
 
 def build(config: Any, arm: str, r: int) -> tuple[Any, Precision]:
     """The model of an arm, ready to train, and its precision."""
+    arm, _, level = arm.partition(":")
     kind, what, precision = arm.split("-")
     model = random_model(config, DEVICE)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
@@ -91,6 +97,7 @@ def build(config: Any, arm: str, r: int) -> tuple[Any, Precision]:
         peft_mamba.use_mixers(model)
         if what != "full":
             model = peft.get_peft_model(model, peft_mamba.MambaLoraConfig(preset=what, r=r, lora_alpha=2 * r))
+        recompute(model, level or DEFAULT)
     elif what != "full":
         modules = STOCK_MODULES[config.model_type]
         with stock_tuner():
@@ -167,7 +174,7 @@ def try_run(*args: Any) -> Figures | None:
     try:
         return run(*args)
     except torch.OutOfMemoryError:
-        print(f"{args[1]:<18} out of memory", flush=True)
+        print(f"{args[1]:<20} out of memory", flush=True)
         return None
 
 
@@ -181,7 +188,7 @@ def compare(config: Any, arms: tuple[str, ...], r: int, batches: list[dict[str, 
     for arm in arms:
         if (figures := try_run(config, arm, r, batches, warmup)) is not None:
             results[arm] = figures
-            print(f"{arm:<18} {figures}", flush=True)
+            print(f"{arm:<20} {figures}", flush=True)
     for arm, figures in results.items():
         if not arm.startswith("ours-") or "-full-" in arm:
             continue
@@ -306,7 +313,7 @@ def profile(config: Any, arm: str, r: int, batches: list[dict[str, Any]], warmup
 @click.command()
 @click.option("--model", "name", type=click.Choice(list(CONFIGS)), default="mamba-790m", show_default=True)
 @click.option("--layers", type=int, help="Fewer layers than the model has, for a look.")
-@click.option("--arms", help=f"Separated by commas. [default: {STOCK},{OURS},{FULL_OURS},{FULL_STOCK}]")
+@click.option("--arms", help="Separated by commas. [default: all that the goals speak of]")
 @click.option("--batch-size", "rows", default=16, show_default=True)
 @click.option("--length", default=512, show_default=True)
 @click.option("--r", type=int, help="Rank. [default: the papers', by model]")
@@ -323,12 +330,12 @@ def main(name, layers, arms, rows, length, r, steps, warmup, lengths, scaling, t
     if layers is not None:
         config.num_hidden_layers = layers
     r = r or rank
-    chosen = tuple((arms or f"{STOCK},{OURS},{FULL_OURS},{FULL_STOCK}").split(","))
-    ours = next((arm for arm in chosen if arm.startswith("ours-")), OURS)
+    chosen = tuple(arms.split(",") if arms else (STOCK, *OURS, FULL_OURS, FULL_STOCK))
+    ours = next((arm for arm in chosen if arm.startswith("ours-")), OURS[0])
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print(f"{card}, torch {torch.__version__}; kernels {peft_mamba.kernels.describe(DEVICE)}", flush=True)
     if fits:
-        fit(("mamba-2.8b", "mamba2-2.7b") if not arms else (name,), ours, length)
+        fit(("mamba-2.8b", "mamba2-2.7b"), ours if arms else OURS[-1], length)
         return
     print(f"{name}, {config.num_hidden_layers} layers, r {r}, batch {rows} x {length}", flush=True)
     if scaling:

@@ -5,15 +5,16 @@ As with the mixers, transformers' modules keep their names and parameters and ch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
-from .projection import draws, plain
+from .projection import draws, is_adapted, plain
 from .recompute import DEFAULT, Remakes, can_be_remade, checkpointed, in_other_hands
 
 Tensor = torch.Tensor
@@ -60,8 +61,9 @@ class Block:
     gradient_checkpointing: bool
     training: bool
     residual_in_fp32: bool
-    norm: nn.Module
-    mixer: nn.Module
+    norm: Any
+    mixer: Any
+    parameters: Any
 
     def forward(
         self,
@@ -70,21 +72,27 @@ class Block:
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        def run(hidden_states: Tensor) -> Tensor:
-            return self._run(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        def run(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            return self._parts(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
-        # A cache is written once; and under another's checkpoint everything is made again already.
-        if cache_params is not None or not (self.training and torch.is_grad_enabled()) or self.recompute == "none":
-            return run(hidden_states)
-        if self.gradient_checkpointing or in_other_hands() or torch.compiler.is_compiling():
-            return run(hidden_states)
-        if self.recompute == "block":
-            layers = (each for each in self.mixer.children() if isinstance(each, nn.Linear | BaseTunerLayer))
-            return checkpointed(run, hidden_states, draws=any(map(draws, layers)))
-        with Remakes().collecting():
-            return run(hidden_states)
+        # A cache is written once; transformers' own checkpoint makes everything again already.
+        trains = self.training and torch.is_grad_enabled() and cache_params is None
+        level = self.recompute if trains and not self.gradient_checkpointing else "none"
+        if torch.compiler.is_compiling():
+            level = "none"
+        if level == "block":
+            layers = [each for each in self.mixer.children() if isinstance(each, nn.Linear) or is_adapted(each)]
+            parameters = [each for each in self.parameters() if each.requires_grad]
+            return checkpointed(run, hidden_states, parameters, draws=any(map(draws, layers)))
+        if level == "mixer" and not in_other_hands():
+            with Remakes().collecting():
+                residual, mixed = run(hidden_states)
+        else:
+            residual, mixed = run(hidden_states)
+        return residual + mixed
 
-    def _run(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def _parts(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """The residual, and what the mixer adds to it."""
         norm, residual = self.norm, hidden_states
         if type(norm) in (MambaRMSNorm, Mamba2RMSNorm) and not norm._forward_hooks and not norm._forward_pre_hooks:
             hidden_states = hidden_states.to(norm.weight.dtype)
@@ -100,7 +108,7 @@ class Block:
             normed = norm(hidden_states.to(norm.weight.dtype))
         if self.residual_in_fp32:
             residual = residual.to(torch.float32)
-        return residual + self.mixer(normed, **kwargs)
+        return residual, self.mixer(normed, **kwargs)
 
 
 class MambaBlock(Block, modeling_mamba.MambaBlock):

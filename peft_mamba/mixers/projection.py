@@ -11,12 +11,14 @@ copy of the input in each adapter's dtype, and make four tensors of the output's
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as _global
@@ -81,26 +83,29 @@ def plain(linear: nn.Module) -> Plain | None:
     if linear.disable_adapters:
         return Plain(base.weight, base.bias, None, None, 1.0, 0.0)
     names = [name for name in linear.active_adapters if name in linear.lora_A]
-    factors, scalings, rates = [], [], set()
+    factors: list[tuple[Tensor, Tensor, float]] = []
+    rates: set[float] = set()
     for name in names:
         A, B, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
         if name in linear.lora_variant or not (type(A) is type(B) is nn.Linear) or B.bias is not None:
             return None
         if not (_bare(A) and _bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or _hooked(dropout):
             return None
-        factors.append((A.weight, B.weight))
-        scalings.append(linear.scaling[name])
+        factors.append((A.weight, B.weight, linear.scaling[name]))
         rates.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
     if not names:
         return Plain(base.weight, base.bias, None, None, 1.0, 0.0)
     if len(names) == 1:
-        (A, B), scaling = factors[0], scalings[0]
-    elif rates == {0.0} and len({each.dtype for pair in factors for each in pair}) == 1:
-        A = torch.cat([a for a, _ in factors])
-        B, scaling = torch.cat([b * s for (_, b), s in zip(factors, scalings, strict=True)], dim=1), 1.0
-    else:  # each has a dropout of its own
-        return None
-    return Plain(base.weight, base.bias, A, B, scaling, rates.pop())
+        return Plain(base.weight, base.bias, *factors[0], rates.pop())
+    if rates != {0.0} or len({each.dtype for a, b, _ in factors for each in (a, b)}) > 1:
+        return None  # each has a dropout of its own
+    downs, ups = torch.cat([a for a, _, _ in factors]), torch.cat([b * s for _, b, s in factors], dim=1)
+    return Plain(base.weight, base.bias, downs, ups, 1.0, 0.0)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether it is a layer of a tuner of PEFT's, around the one that it adapts."""
+    return isinstance(module, BaseTunerLayer)
 
 
 def draws(linear: nn.Module) -> bool:
@@ -176,88 +181,97 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product):
         dtype = x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        t: Any = None
+        mask = None
+        parts = [len(weight)] if sizes is None else list(sizes)
+        with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
-            t = mask = None
+            W = weight.to(dtype)
+            down: Any = None if A is None else A.to(dtype)
+            up = None if B is None else B.to(dtype)
             if A is not None:
                 kept = rows
                 if dropout:
                     kept, mask = torch.native_dropout(rows, dropout, True)
-                t = kept @ A.to(dtype).t()
-            parts = [len(weight)] if sizes is None else list(sizes)
+                t = kept @ down.t()
             if product:
-                columns = weight.to(dtype).split(parts)
                 offsets = [None] * len(parts) if bias is None else bias.to(dtype).split(parts)
-                ups = [None] * len(parts) if B is None else B.to(dtype).split(parts)
+                ups = [None] * len(parts) if up is None else up.split(parts)
                 outputs = []
-                for W, b, up in zip(columns, offsets, ups, strict=True):
-                    y = F.linear(rows, W, b)
-                    outputs.append(y if up is None else y.addmm_(t, up.t(), alpha=scaling))
+                for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
+                    y = F.linear(rows, columns, offset)
+                    outputs.append(y if rise is None else y.addmm_(t, rise.t(), alpha=scaling))
             else:
                 outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
-        ctx.save_for_backward(x, weight, A, B, t, mask)
+        # The copy of a weight lives on where its backward comes next, and is made again where that is far.
+        ctx.save_for_backward(x, W if runs_again() else weight, down, up, t, mask)
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.keep, ctx.parts = scaling, 1 - dropout, parts
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias, A, B)]
         outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
         return outputs[0] if sizes is None else tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):  # type: ignore[override]  # mypy sees the decorator, not the method
-        x, weight, A, B, t, mask = ctx.saved_tensors
+        x, weight, down, up, t, mask = ctx.saved_tensors
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
+        weight_dtype, bias_dtype, A_dtype, B_dtype = ctx.dtypes
         dtype = x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        d_rows: Any = None
+        q: Any = None
+        dW = db = dA = dB = None
+        with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
-            present = [(slice(end - size, end), dy) for size, end, dy in _ends(ctx.parts, gradients) if dy is not None]
-            present = [(columns, dy.to(dtype).reshape(-1, dy.shape[-1])) for columns, dy in present]
-            d_rows = q = None
+            present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, gradients)]
             if for_x:
-                for columns, dy in present:
-                    W = weight[columns].to(dtype)
+                for part, dy in present:
+                    W = weight[part].to(dtype)
                     d_rows = dy @ W if d_rows is None else d_rows.addmm_(dy, W)
-            dW = (
-                _joined([_mm(dy.t(), rows, weight.dtype) for _, dy in present], weight, present) if for_weight else None
-            )
-            db = _joined([dy.sum(0, dtype=ctx.bias_dtype) for _, dy in present], weight, present) if for_bias else None
-            dA = dB = None
-            if A is not None:
-                if for_x or for_A:
-                    for columns, dy in present:
-                        up = B[columns].to(dtype)
-                        q = dy @ up if q is None else q.addmm_(dy, up)
-                if for_B:
-                    dB = _joined([_mm(dy.t(), t, B.dtype, ctx.scaling) for _, dy in present], B, present)
-                if q is not None:
-                    q = q.mul_(ctx.scaling) if ctx.scaling != 1.0 else q
-                    if for_A:
-                        kept = rows if mask is None else rows * mask * (1 / ctx.keep)
-                        dA = _mm(q.t(), kept, A.dtype)
-                    if for_x and mask is None:
-                        d_rows.addmm_(q, A.to(dtype))
-                    elif for_x:
-                        d_rows += (q @ A.to(dtype)).mul_(mask).mul_(1 / ctx.keep)
+            if for_weight:
+                dW = _joined([_mm(dy.t(), rows, weight_dtype) for _, dy in present], len(weight), present)
+            if for_bias:
+                db = _joined([dy.sum(0, dtype=bias_dtype) for _, dy in present], len(weight), present)
+            if for_B:
+                dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
+            if for_A or (for_x and down is not None):
+                for part, dy in present:
+                    q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
+            if q is not None:
+                q = q.mul_(ctx.scaling) if ctx.scaling != 1.0 else q
+                if for_A:
+                    kept = rows if mask is None else rows * mask * (1 / ctx.keep)
+                    dA = _mm(q.t(), kept, A_dtype)
+                if for_x and mask is None:
+                    d_rows.addmm_(q, down)
+                elif for_x:
+                    d_rows += (q @ down).mul_(mask).mul_(1 / ctx.keep)
         dx = None if d_rows is None else d_rows.view_as(x)
         return dx, dW, db, dA, dB, None, None, None, None
 
 
-def _ends(parts: Sequence[int], gradients: Sequence[Tensor | None]) -> list[tuple[int, int, Tensor | None]]:
-    """Size, end and gradient of each part of the output."""
-    ends, end = [], 0
-    for size, dy in zip(parts, gradients, strict=True):
-        end += size
-        ends.append((size, end, dy))
-    return ends
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def _joined(blocks: list[Tensor], like: Tensor, present: list[tuple[slice, Tensor]]) -> Tensor | None:
+def _parts(sizes: Sequence[int], gradients: Sequence[Tensor | None]) -> list[tuple[slice, Tensor]]:
+    """Where each part of the output lies, and its gradient; parts that nothing used are left out."""
+    parts, start = [], 0
+    for size, dy in zip(sizes, gradients, strict=True):
+        if dy is not None:
+            parts.append((slice(start, start + size), dy))
+        start += size
+    return parts
+
+
+def _joined(blocks: list[Tensor], length: int, present: list[tuple[slice, Tensor]]) -> Tensor | None:
     """The gradient of a weight from those of its rows; zeros for a part of the output that nothing used."""
     if not blocks:
         return None
-    if sum(map(len, blocks)) == len(like):
+    if sum(map(len, blocks)) == length:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    whole = blocks[0].new_zeros(len(like), *blocks[0].shape[1:])
+    whole = blocks[0].new_zeros(length, *blocks[0].shape[1:])
     for (rows, _), block in zip(present, blocks, strict=True):
         whole[rows] = block
     return whole

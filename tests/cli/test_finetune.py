@@ -160,7 +160,8 @@ def test_eval_scores_the_result_and_adds_the_figures(ft):
 def test_a_dry_run_says_it_all_and_does_nothing(ft, tmp_path):
     status, said, figures = ft("--preset", "all", "--precision", "fp16", "--dry-run")
     assert status == 0 and figures is None and not (tmp_path / "out").exists()
-    for part in ("learning_rate", "the recipe of", "2 dt_proj", "11,616", "memory: about"):
+    levels = [f"memory with --recompute {level}: about" for level in ("none", "mixer", "block")]
+    for part in ("learning_rate", "the recipe of", "2 dt_proj", "11,616", *levels):
         assert part in said, part
 
 
@@ -192,17 +193,17 @@ def test_a_trial_of_a_batch_leaves_no_trace(monkeypatch, preset):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     random = torch.get_rng_state()
     trial = memory._Trial(model, settings, Precision.parse("bf16"), torch.device("cpu"), 1)
-    assert trial(2)
+    assert trial(2, "none")
 
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", full)
-        assert not trial(2)
+        assert not trial(2, "mixer")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shapes"):
         patch.setattr(torch.Tensor, "backward", lambda self: torch.ones(2, 3) @ torch.ones(2, 3))
-        trial(2)
+        trial(2, None)
     assert torch.equal(random, torch.get_rng_state())
     assert "forward" not in vars(loaded)
     assert all(parameter.grad is None for parameter in model.parameters())
