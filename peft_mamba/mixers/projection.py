@@ -188,7 +188,7 @@ class _Project(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])
             W = weight.to(dtype)
             down: Any = None if A is None else A.to(dtype)
-            up = None if B is None else B.to(dtype)
+            up = None if B is None else (B if scaling == 1.0 else B * scaling).to(dtype)
             if A is not None:
                 kept = rows
                 if dropout:
@@ -199,8 +199,10 @@ class _Project(torch.autograd.Function):
                 ups = [None] * len(parts) if up is None else up.split(parts)
                 outputs = []
                 for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
-                    y = F.linear(rows, columns, offset)
-                    outputs.append(y if rise is None else y.addmm_(t, rise.t(), alpha=scaling))
+                    if rise is None:
+                        outputs.append(F.linear(rows, columns, offset))
+                    else:  # the small product first: to read it as well costs the large one no time
+                        outputs.append(F.linear(t, rise, offset).addmm_(rows, columns.t()))
             else:
                 outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
         # The copy of a weight lives on where its backward comes next, and is made again where that is far.
@@ -224,28 +226,25 @@ class _Project(torch.autograd.Function):
         with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
             present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, gradients)]
+            if for_A or (for_x and down is not None):
+                for part, dy in present:
+                    q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
+            if q is not None and for_A:
+                kept = rows if mask is None else rows * mask * (1 / ctx.keep)
+                dA = _mm(q.t(), kept, A_dtype)
             if for_x:
+                if q is not None:
+                    d_rows = q @ down
+                    d_rows = d_rows if mask is None else d_rows.mul_(mask).mul_(1 / ctx.keep)
                 for part, dy in present:
                     W = weight[part].to(dtype)
                     d_rows = dy @ W if d_rows is None else d_rows.addmm_(dy, W)
+            if for_B:
+                dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
             if for_weight:
                 dW = _joined([_mm(dy.t(), rows, weight_dtype) for _, dy in present], len(weight), present)
             if for_bias:
                 db = _joined([dy.sum(0, dtype=bias_dtype) for _, dy in present], len(weight), present)
-            if for_B:
-                dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
-            if for_A or (for_x and down is not None):
-                for part, dy in present:
-                    q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
-            if q is not None:
-                q = q.mul_(ctx.scaling) if ctx.scaling != 1.0 else q
-                if for_A:
-                    kept = rows if mask is None else rows * mask * (1 / ctx.keep)
-                    dA = _mm(q.t(), kept, A_dtype)
-                if for_x and mask is None:
-                    d_rows.addmm_(q, down)
-                elif for_x:
-                    d_rows += (q @ down).mul_(mask).mul_(1 / ctx.keep)
         dx = None if d_rows is None else d_rows.view_as(x)
         return dx, dW, db, dA, dB, None, None, None, None
 
