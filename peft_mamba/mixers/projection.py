@@ -22,12 +22,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as _global
+from torch.torch_version import TorchVersion
 
 from .recompute import runs_again
 
 Tensor = torch.Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+# torch.mm(…, out_dtype=torch.float32), on CUDA alone
+_MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 
 
 class Plain(NamedTuple):
@@ -168,7 +171,7 @@ def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """scaling · a b in `dtype`: summed in float32 and rounded once."""
-    if a.is_cuda and a.dtype in _HALF and dtype == torch.float32:
+    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in _HALF and dtype == torch.float32 and a.numel():
         product = torch.mm(a, b, out_dtype=torch.float32)
     else:
         product = (a @ b).to(dtype)

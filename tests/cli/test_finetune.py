@@ -229,6 +229,28 @@ def test_batch_size_auto_says_when_nothing_fits(ft, monkeypatch):
     assert status == 1 and "not even one sequence of 512 tokens fits" in said
 
 
+@pytest.mark.parametrize(("sequences", "level"), [(2.5, "none"), (1.5, "mixer"), (0.5, "block")])
+def test_recompute_auto_is_the_least_that_fits_the_batch(ft, monkeypatch, sequences, level):
+    """Two sequences of 64 tokens, of which each level keeps half of what the one before it does."""
+    share = {"none": 1000, "mixer": 500, "block": 250}
+    needs = lambda model, settings, *rest: memory.MemoryEstimate(0, 0, 0, 0, share[settings.recompute])  # noqa: E731
+    monkeypatch.setattr(memory, "estimate", needs)
+    free = sequences * 64 * 1000 / memory.CPU_SHARE
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free})())
+    status, said, figures = ft(*SMALL, "--batch-size", "2", "--max-length", "64", "--max-steps", "1", quick=False)
+    assert status == 0, said
+    assert f"--recompute auto: {level}." in said and figures["settings"]["recompute"] == level
+
+
+def test_every_level_of_recomputation_learns_the_same(ft, tmp_path):
+    losses = []
+    for level in ("none", "mixer", "block"):
+        status, said, figures = ft("--recompute", level, "--dropout", "0.1", output=tmp_path / level)
+        assert status == 0 and figures["settings"]["recompute"] == level, said
+        losses.append(figures["held_out_loss"]["after"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
