@@ -41,7 +41,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 import peft_mamba
-from peft_mamba.mixers.recompute import DEFAULT, LEVELS, recompute
+from peft_mamba.mixers.recomputation import DEFAULT, LEVELS, recompute
 from peft_mamba.precision import Precision
 
 STOCK_MODULES = {"mamba": ["in_proj", "x_proj", "embeddings"], "mamba2": ["in_proj", "embeddings"]}

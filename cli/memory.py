@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from peft_mamba import use_mixers
 from peft_mamba.mixers import LEVELS, recompute
-from peft_mamba.mixers.recompute import kept_for_backward
+from peft_mamba.mixers.recomputation import kept_for_backward
 from peft_mamba.precision import Precision
 
 from .distributed import sharded_launch

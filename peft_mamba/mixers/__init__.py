@@ -18,7 +18,7 @@ from .block import PARTS
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .packing import hook_models, packing_support
-from .recompute import LEVELS, RecomputeError, recompute
+from .recomputation import LEVELS, RecomputeError, recompute
 from .state import MixerState, PackedRows
 
 __all__ = [

@@ -15,7 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
 from .projection import draws, is_adapted, plain
-from .recompute import DEFAULT, Remakes, can_be_remade, checkpointed, in_other_hands
+from .recomputation import DEFAULT, Remakes, can_be_remade, checkpointed, in_other_hands
 
 Tensor = torch.Tensor
 

@@ -8,7 +8,7 @@ from transformers.models.mamba import modeling_mamba
 from .. import kernels
 from ..kernels.reference import accumulator_dtype
 from .projection import draws, project
-from .recompute import can_be_remade
+from .recomputation import can_be_remade
 from .state import CachedMixer, MixerState, conv_window
 
 Tensor = torch.Tensor

@@ -10,7 +10,7 @@ from .. import kernels
 from ..kernels.reference import accumulator_dtype
 from .block import MambaRMSNormGated
 from .projection import project
-from .recompute import can_be_remade
+from .recomputation import can_be_remade
 from .state import CachedMixer, MixerState, conv_window
 
 Tensor = torch.Tensor

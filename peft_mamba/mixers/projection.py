@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.modules import module as _global
 from torch.torch_version import TorchVersion
 
-from .recompute import runs_again
+from .recomputation import runs_again
 
 Tensor = torch.Tensor
 

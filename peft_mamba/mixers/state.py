@@ -14,7 +14,7 @@ from torch.nn.modules import module as _global
 from transformers.cache_utils import Cache
 
 from ..kernels.reference import first_of_document
-from .recompute import runs_again
+from .recomputation import runs_again
 
 Tensor = torch.Tensor
 

@@ -11,7 +11,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNorm, MambaRMSNo
 
 from peft_mamba.kernels.norm import rms_norm, rms_norm_residual
 from peft_mamba.mixers.block import PARTS
-from peft_mamba.mixers.recompute import kept_for_backward
+from peft_mamba.mixers.recomputation import kept_for_backward
 
 from .tiny import relative_rms
 

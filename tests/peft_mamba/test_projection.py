@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from peft_mamba.mixers.projection import draws, plain, project
-from peft_mamba.mixers.recompute import kept_for_backward
+from peft_mamba.mixers.recomputation import kept_for_backward
 
 from .tiny import randomise_adapters, relative_rms
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_mamba import MambaLoraConfig, kernels, use_mixers
 from peft_mamba.mixers import LEVELS, RecomputeError, recompute
-from peft_mamba.mixers.recompute import kept_for_backward
+from peft_mamba.mixers.recomputation import kept_for_backward
 
 from .tiny import PRECISIONS, randomise_adapters, relative_rms, tiny_model, tokens
 

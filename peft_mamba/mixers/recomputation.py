@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -24,6 +25,8 @@ from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 Tensor = torch.Tensor
+
+logger = logging.getLogger(__name__)
 
 LEVELS = ("none", "mixer", "block")
 DEFAULT = "mixer"
@@ -240,4 +243,6 @@ def recompute(model: nn.Module, level: str) -> int:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         block.recompute = level
+    if blocks:
+        logger.info("%d blocks, recompute %s", len(blocks), level)
     return len(blocks)
