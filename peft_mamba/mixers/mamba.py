@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.models.mamba import modeling_mamba
 
@@ -28,6 +30,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         x, z = project(self.in_proj, hidden_states, sizes=[self.intermediate_size] * 2)
@@ -53,20 +56,19 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         delta = project(self.dt_proj, time_step, bias=False)
         if not draws(self.dt_proj):
             can_be_remade(delta, lambda: project(self.dt_proj, time_step, bias=False))
-        y, ssm = kernels.selective_scan(
-            u,
-            delta,
-            -torch.exp(self.A_log.to(accumulator_dtype(self.A_log))),
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            initial_state=None if initial_state is None else initial_state.ssm,
-            lengths=lengths if return_final_state else None,
-            seq_idx=seq_idx,
-            return_final_state=return_final_state,
-        )
+        A = -torch.exp(self.A_log.to(accumulator_dtype(self.A_log)))
+        rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
+        if cu_seqlens is None:
+            rows = {
+                "initial_state": None if initial_state is None else initial_state.ssm,
+                "lengths": lengths if return_final_state else None,
+                "seq_idx": seq_idx,
+                "return_final_state": return_final_state,
+            }
+        else:  # documents side by side; with seq_idx a scan goes through all of a row one after the other
+            u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
+        y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
+        y = y.view(*hidden_states.shape[:2], -1)
         state = None
         if return_final_state:
             state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size), ssm)

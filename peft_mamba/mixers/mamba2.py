@@ -30,6 +30,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]

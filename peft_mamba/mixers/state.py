@@ -36,10 +36,13 @@ class PackedRows(NamedTuple):
 
     attention_mask: (B, ≥ L), 0 on padding; None: there is none.
     seq_idx: (B, L) int, changing at the first token of each document.
+    cu_seqlens: (S+1,) int32, where the documents of all rows start and end when the rows are laid end to end, if there
+        is no padding; seq_idx then counts the documents of each row from 0. None: to be found out by each mixer.
     """
 
     attention_mask: Tensor | None
     seq_idx: Tensor
+    cu_seqlens: Tensor | None = None
 
 
 class RowOrder(NamedTuple):
@@ -101,6 +104,18 @@ def number_documents(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
     return starts.cumsum(1, dtype=torch.int32)
 
 
+def laid_end_to_end(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """seq_idx (B, L) counted from 0 in each row, and cu_seqlens (S+1,) int32 of all documents of all rows.
+
+    To know how many documents there are, the host waits for the device: once a forward, not in each mixer.
+    """
+    documents = number_documents(seq_idx, None)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    bounds = starts.flatten().nonzero().flatten().to(torch.int32)
+    return documents, torch.cat([bounds, bounds.new_tensor([documents.numel()])])
+
+
 def keep_last_document(conv: Tensor, documents: Tensor, lengths: Tensor | None) -> Tensor:
     """The window (B, C, K) of `conv_window` with zeros for inputs of documents before the one that the row ends in."""
     numbers = conv_window(documents[..., None], None, lengths, conv.shape[-1])  # what came before belongs to document 0
@@ -144,6 +159,7 @@ class CachedMixer:
         cache_params: Cache | None = None,
         attention_mask: Tensor | PackedRows | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """Mix (B, L, hidden_size) over time; same shape out.
@@ -154,13 +170,14 @@ class CachedMixer:
                 and seq_idx in one.
             seq_idx: (B, L) int, changing at the first token of each document packed into a row. The first document
                 goes on from the state in the cache; the last one's is left there.
+            cu_seqlens: what `laid_end_to_end` says of seq_idx; used without cache and padding.
             kwargs: what transformers passes to all mixers and attention layers alike; this one needs none of it.
 
         Raises:
             ValueError: attention_mask or seq_idx do not fit the tokens.
         """
         if isinstance(attention_mask, PackedRows):
-            attention_mask, seq_idx = attention_mask
+            attention_mask, seq_idx, cu_seqlens = attention_mask
         if seq_idx is not None and seq_idx.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"seq_idx has shape {tuple(seq_idx.shape)}; a Mamba mixer takes (batch, tokens) = "
@@ -173,12 +190,17 @@ class CachedMixer:
             seq_idx = None if seq_idx is None else reorder(seq_idx, order.take)
         lengths = None if order is None else order.lengths
         # A single token crosses no boundary, and kernels are faster without.
-        documents = None if seq_idx is None or seq_idx.shape[1] == 1 else number_documents(seq_idx, lengths)
+        documents = seq_idx if seq_idx is not None and seq_idx.shape[1] > 1 else None
+        if documents is None or order is not None or cache_params is not None:
+            cu_seqlens = None
+        if documents is not None and cu_seqlens is None:
+            documents = number_documents(documents, lengths)
         hidden_states, state = self.mix(
             hidden_states,
             initial_state=state,
             lengths=lengths,
             seq_idx=documents,
+            cu_seqlens=cu_seqlens,
             return_final_state=cache_params is not None,
         )
         if cache_params is not None and state is not None:
@@ -198,6 +220,7 @@ class CachedMixer:
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         """The mixer as a function of its state: (B, L, hidden_size) and the state after each row's last token.
@@ -205,7 +228,7 @@ class CachedMixer:
         Args:
             initial_state: after the tokens that came before; None: there were none.
             lengths: (B,), tokens at and after it are padding.
-            seq_idx: as for forward.
+            seq_idx, cu_seqlens: as for forward.
             return_final_state: False saves the work of it, and the second result is None.
         """
         raise NotImplementedError
