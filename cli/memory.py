@@ -28,7 +28,6 @@ from .model import with_adapter
 from .settings import Settings, SettingsError
 
 CPU_SHARE = 0.8  # of the memory that is free: there is no error to catch where a system swaps, or kills the process
-
 MARGIN = 0.1  # of a GPU's memory that a level below block leaves free: real batches differ from the one that is tried
 
 
@@ -140,9 +139,12 @@ def fit(
                 return size, level  # there is no choice left: if it does not fit, the run says by how much
             if fits(size, level):
                 return size, level
+    more = ""
+    if levels[-1] != "block" and not settings.gradient_checkpointing:
+        more = "--gradient-checkpointing, " if levels[-1] is None else "--recompute block, "
     raise SettingsError(
         f"--batch-size auto: not even one sequence of {settings.max_length} tokens fits into {limit}. Try "
-        f"{'--recompute block, ' if levels[-1] in LEVELS[:-1] else ''}a lower --max-length, or another --preset."
+        f"{more}a lower --max-length, or another --preset."
     )
 
 

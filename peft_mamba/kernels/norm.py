@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import ENVIRONMENT_VARIABLE
 from .reference import Tensor, accumulator_dtype
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def _kernels():
 
 
 def _fused(x: Tensor):
-    if not x.is_cuda or x.dtype == torch.float64 or os.environ.get("PEFT_MAMBA_KERNELS") in PYTORCH_ONLY:
+    if not x.is_cuda or x.dtype == torch.float64 or os.environ.get(ENVIRONMENT_VARIABLE) in PYTORCH_ONLY:
         return None
     return _kernels()
 
@@ -119,7 +120,7 @@ def _backward(dy, x, weight, gate, rstd, group_size, d_residual, for_weight):
     dy = dy.to(h.dtype)
     normed = (h.unflatten(-1, (-1, group_size)) * rstd).flatten(-2)
     dw = (dy * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype) if for_weight else None
-    g, normed = ((each).unflatten(-1, (-1, group_size)) for each in (dy * weight.to(h.dtype), normed))
+    g, normed = (each.unflatten(-1, (-1, group_size)) for each in (dy * weight.to(h.dtype), normed))
     dh = ((g - normed * (g * normed).mean(-1, keepdim=True)) * rstd).flatten(-2)
     d_gate = None
     if gate is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -110,6 +112,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _launch(group_size: int) -> dict[str, int]:
     block = triton.next_power_of_2(group_size)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
@@ -124,7 +131,9 @@ def forward(
     groups = x.shape[-1] // group_size
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
-    if len(rows):
+    if not len(rows):
+        return y, rstd
+    with _on(x.device):
         _forward_kernel[(len(rows), groups)](
             rows,
             weight,
@@ -161,9 +170,9 @@ def backward(
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     each = ROWS_PER_PROGRAM if for_weight else 1
     programs = triton.cdiv(len(rows), each)
-    partial = torch.zeros(programs if for_weight else 0, x.shape[-1], dtype=torch.float32, device=x.device)
-    if len(rows):
-        _backward_kernel[(programs, groups)](
+    partial = torch.zeros(max(programs, 1) if for_weight else 0, x.shape[-1], dtype=torch.float32, device=x.device)
+    with _on(x.device):
+        _backward_kernel[(max(programs, 1), groups)](
             d_rows,
             rows,
             weight,

@@ -14,7 +14,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
-from .projection import draws, is_adapted, plain
+from .projection import draws, hooked, is_adapted, plain
 from .recomputation import DEFAULT, Remakes, can_be_remade, checkpointed, in_other_hands
 
 Tensor = torch.Tensor
@@ -94,7 +94,7 @@ class Block:
     def _parts(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
         """The residual, and what the mixer adds to it."""
         norm, residual = self.norm, hidden_states
-        if type(norm) in (MambaRMSNorm, Mamba2RMSNorm) and not norm._forward_hooks and not norm._forward_pre_hooks:
+        if type(norm) in (MambaRMSNorm, Mamba2RMSNorm) and not hooked(norm):
             hidden_states = hidden_states.to(norm.weight.dtype)
             # What a plain in_proj under autocast would round its input to.
             device, out_dtype = hidden_states.device.type, None

@@ -68,7 +68,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         else:  # documents side by side; with seq_idx a scan goes through all of a row one after the other
             u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
         y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
-        y = y.view(*hidden_states.shape[:2], -1)
+        y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
         if return_final_state:
             state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size), ssm)

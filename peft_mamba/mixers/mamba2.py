@@ -11,7 +11,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from .. import kernels
 from ..kernels.reference import accumulator_dtype
 from .block import MambaRMSNormGated
-from .projection import project
+from .projection import hooked, project
 from .recomputation import can_be_remade
 from .state import CachedMixer, MixerState, conv_window
 
@@ -81,7 +81,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:
-        if type(self.norm) is not MambaRMSNormGated or self.norm._forward_hooks or self.norm._forward_pre_hooks:
+        if type(self.norm) is not MambaRMSNormGated or hooked(self.norm):
             return self.norm(y, z).to(y.dtype)
         normed = self.norm(y, z, out_dtype=y.dtype)
         source, gate = y.detach(), z.detach()

@@ -33,6 +33,15 @@ _HALF = (torch.float16, torch.bfloat16)
 _MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 
 
+# Of all modules; torch keeps these dictionaries and changes them in place.
+_GLOBAL_HOOKS = (
+    _global._global_forward_hooks,
+    _global._global_forward_pre_hooks,
+    _global._global_backward_hooks,
+    _global._global_backward_pre_hooks,
+)
+
+
 class Plain(NamedTuple):
     """A linear layer whose modules do nothing but what their weights say."""
 
@@ -74,11 +83,11 @@ def plain(linear: nn.Module) -> Plain | None:
     """What `linear` computes, if that is all that calling it would do and it may be for a gradient; else None."""
     # Reentrant checkpoints first run without gradients, and must then compute what they compute with them.
     wanted = torch.is_grad_enabled() or linear.training or runs_again()
-    if not wanted or torch.compiler.is_compiling() or _has_global_hooks():
+    if not wanted or torch.compiler.is_compiling():
         return None
     if type(linear) is nn.Linear:
         return Plain(linear.weight, linear.bias, None, None, 1.0, 0.0) if _bare(linear) else None
-    if type(linear) is not LoraLinear or _hooked(linear) or linear.merged or linear.fan_in_fan_out:
+    if type(linear) is not LoraLinear or hooked(linear) or linear.merged or linear.fan_in_fan_out:
         return None
     base = linear.base_layer
     if type(base) is not nn.Linear or not _bare(base):
@@ -92,7 +101,7 @@ def plain(linear: nn.Module) -> Plain | None:
         A, B, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
         if name in linear.lora_variant or not (type(A) is type(B) is nn.Linear) or B.bias is not None:
             return None
-        if not (_bare(A) and _bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or _hooked(dropout):
+        if not (_bare(A) and _bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or hooked(dropout):
             return None
         factors.append((A.weight, B.weight, linear.scaling[name]))
         rates.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
@@ -121,29 +130,16 @@ def _bare(linear: nn.Linear) -> bool:
     """No hook, no forward of its own, no parametrisation, weights that are plain tensors."""
     weights = vars(linear)["_parameters"]
     return (
-        not _hooked(linear)
+        not hooked(linear)
         and type(weights.get("weight")) is nn.Parameter
         and type(weights.get("bias")) in (nn.Parameter, type(None))
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        _global._global_forward_hooks
-        or _global._global_forward_pre_hooks
-        or _global._global_backward_hooks
-        or _global._global_backward_pre_hooks
-    )
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class' forward: hooks, its own or for all, or another forward."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or any(_GLOBAL_HOOKS) or "forward" in vars(module)
 
 
 def _compute_dtype(layer: Plain, x: Tensor) -> torch.dtype | None:
