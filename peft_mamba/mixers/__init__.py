@@ -17,6 +17,7 @@ from .. import kernels
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .packing import hook_models, packing_support
+from .sequences import PackedSequences, StatePool
 from .state import MixerState, PackedRows
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "MambaMixer",
     "MixerState",
     "PackedRows",
+    "PackedSequences",
+    "StatePool",
     "mixers_of",
     "packing_support",
     "use_mixers",

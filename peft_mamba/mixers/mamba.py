@@ -42,6 +42,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -53,6 +54,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
             activation="silu" if self.activation == "silu" else None,
             initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
         )
         if self.activation != "silu":
             u = self.act(u)
@@ -70,9 +72,10 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
             initial_state=None if initial_state is None else initial_state.ssm,
             lengths=lengths if return_final_state else None,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
         )
         state = None
         if return_final_state:
-            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size), ssm)
+            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
         return self.out_proj(y), state

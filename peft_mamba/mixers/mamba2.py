@@ -27,6 +27,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         z, xBC, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
@@ -38,6 +39,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             activation="silu" if self.activation == "silu" else None,
             initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
         )
         if self.activation != "silu":
             u = self.act(u)
@@ -55,9 +57,10 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             initial_state=None if initial_state is None else initial_state.ssm,
             lengths=lengths if return_final_state else None,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
         )
         state = None
         if return_final_state:
-            state = MixerState(conv_window(xBC, conv_before, lengths, self.conv_kernel_size), ssm)
+            state = MixerState(conv_window(xBC, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
         return self.out_proj(self.norm(y.flatten(-2), z).to(y.dtype)), state

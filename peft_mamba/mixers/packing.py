@@ -19,6 +19,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
+from .sequences import PackedSequences
 from .state import CachedMixer, PackedRows
 
 Tensor = torch.Tensor
@@ -77,6 +78,8 @@ def _mixers(model: nn.Module) -> list[nn.Module]:
 def _gather(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a causal LM and of Mamba-1's backbone: the boundaries travel with the mask from here."""
     given = _by_name(model, args, kwargs)
+    if isinstance(given.get("attention_mask"), PackedSequences):
+        return args, kwargs
     mask, seq_idx = _rows(given)
     if isinstance(model, modeling_mamba.MambaModel):
         # Spare the layers a mask that masks nothing, looked at once a forward, as Mamba2Model does itself.
@@ -87,7 +90,11 @@ def _gather(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _spread(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of Mamba-2's backbone, which looks at the mask itself and hands further arguments on."""
-    mask, seq_idx = _rows(_by_name(model, args, kwargs))
+    given = _by_name(model, args, kwargs)
+    if isinstance(given.get("attention_mask"), PackedSequences):
+        args, kwargs = _replace_mask(model, args, kwargs, None)
+        return args, {**kwargs, "sequences": given["attention_mask"]}
+    mask, seq_idx = _rows(given)
     args, kwargs = _replace_mask(model, args, kwargs, mask)
     return args, kwargs if seq_idx is None else {**kwargs, "seq_idx": seq_idx}
 
