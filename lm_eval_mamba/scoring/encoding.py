@@ -48,14 +48,20 @@ class _Encoder:
         prefix = lm.tokenizer.decode(lm.prefix_token_id)
         special = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
         # One that starts with the BOS token already is a case of its own, left to tok_encode.
-        self._known = {None: self._encode([s for s in strings if not (prefix and s.startswith(prefix))], special)}
+        self._known: dict[bool | None, dict[str, list[int]]] = {}
+        self._known[None] = self._encode([s for s in strings if not (prefix and s.startswith(prefix))], special)
         self._known[False] = self._encode(bare, {"add_special_tokens": False})
 
     def _encode(self, strings: Iterable[str], special: dict[str, bool]) -> dict[str, list[int]]:
         unique = list(dict.fromkeys(strings))
         if not unique:
             return {}
-        encoded = self._lm.tokenizer(unique, return_attention_mask=False, **special)["input_ids"]
+        tokenizer = self._lm.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.truncation is not None or backend.padding is not None:
+            encoded = tokenizer(unique, return_attention_mask=False, **special)["input_ids"]
+        else:  # what the tokenizer itself calls, without the place of each token in its string
+            encoded = [encoding.ids for encoding in backend.encode_batch_fast(unique, **special)]
         return dict(zip(unique, encoded, strict=True))
 
     def __call__(self, string: str, add_special_tokens: bool | None = None) -> list[int]:

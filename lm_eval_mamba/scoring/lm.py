@@ -133,19 +133,19 @@ class PrefixTreeLM(HFLM):
 
     def _truncated(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[list[int], int]]:
         """(tokens, length of the continuation): cut from the left to what the model may see, as HFLM does."""
-        kept, cut = [], 0
+        kept, cut, most = [], 0, self.max_length
         for text, context, continuation in requests:
-            if not context or not 0 < len(continuation) <= self.max_length:
+            if not context or not 0 < len(continuation) <= most:
                 raise ValueError(
                     f"A request has {len(context)} tokens of context and {len(continuation)} of continuation; expected "
-                    f"at least one of either, and a continuation of at most max_length={self.max_length}: {text!r}"
+                    f"at least one of either, and a continuation of at most max_length={most}: {text!r}"
                 )
-            cut += len(context) + len(continuation) > self.max_length + 1
-            kept.append(((context + continuation)[-(self.max_length + 1) :], len(continuation)))
+            cut += len(context) + len(continuation) > most + 1
+            kept.append(((context + continuation)[-(most + 1) :], len(continuation)))
         if cut:
             logger.warning(
                 "%d of %d requests are longer than max_length=%d and were truncated from the left.",
-                *(cut, len(requests), self.max_length),
+                *(cut, len(requests), most),
             )
         return kept
 

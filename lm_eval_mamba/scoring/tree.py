@@ -127,18 +127,19 @@ def _branching(leaves: list[np.ndarray]) -> tuple[list[int], list[list[int]]]:
 
 
 def _segments(leaves: list[np.ndarray], fork_cost: float, max_height: int | None) -> tuple[np.ndarray, ...]:
-    rows: list[tuple[int, int, int, int]] = []  # start, stop, leaf, parent
+    # Flat lists of numbers: many small tuples would keep Python's garbage collector busy.
+    rows: list[int] = []  # start, stop, leaf, parent of each
     segment_of = np.zeros(len(leaves), dtype=np.int64)
     if leaves:
         depths, children = _branching(leaves)
-        # (node, segment above it, where that stops, its level); leaves come out in order, for neighbours share most.
-        todo = [(0, -1, 0, 0)]
+        # Node, segment above it, where that stops, its level; leaves come out in order, for neighbours share most.
+        todo = [0, -1, 0, 0]
         while todo:
-            node, parent, depth, level = todo.pop()
+            level, depth, parent, node = todo.pop(), todo.pop(), todo.pop(), todo.pop()
             if node < 0:
                 leaf = -1 - node
-                segment_of[leaf] = len(rows)
-                rows.append((depth, len(leaves[leaf]), leaf, parent))
+                segment_of[leaf] = len(rows) // 4
+                rows += (depth, len(leaves[leaf]), leaf, parent)
                 continue
             branches = children[node]
             saved = (len(branches) - 1) * (depths[node] - depth)
@@ -146,12 +147,13 @@ def _segments(leaves: list[np.ndarray], fork_cost: float, max_height: int | None
                 first = node
                 while first >= 0:
                     first = children[first][0]
-                rows.append((depth, depths[node], -1 - first, parent))
-                parent, depth, level = len(rows) - 1, depths[node], level + 1
-            todo += [(child, parent, depth, level) for child in reversed(branches)]
+                rows += (depth, depths[node], -1 - first, parent)
+                parent, depth, level = len(rows) // 4 - 1, depths[node], level + 1
+            for child in reversed(branches):
+                todo += (child, parent, depth, level)
     start, stop, leaf_of, parents = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    height = np.zeros(len(rows), dtype=np.int64)
-    for segment in range(len(rows) - 1, -1, -1):
+    height = np.zeros(len(start), dtype=np.int64)
+    for segment in range(len(start) - 1, -1, -1):
         if (above := parents[segment]) >= 0:
             height[above] = max(height[above], height[segment] + 1)
     return start, stop, leaf_of, parents, segment_of, height
