@@ -293,7 +293,7 @@ def _ssd_chunk(
     B, C = (t.repeat_interleave(v.shape[2] // t.shape[2], dim=2) for t in (B, C))
     decay = torch.exp(_segment_sums(a))  # (B, H, T, T): from just after token s to token t, zero above the diagonal
     into = torch.exp(a.cumsum(-1))  # (B, H, T): from before the chunk to token t
-    if here is not None:
+    if here is not None and before is not None:
         decay = decay * (here[:, None, :, None] == here[:, None, None, :])
         into = into * (here == before)[:, None]
     scores = torch.einsum("bthn,bshn->bhts", C, B) * decay
@@ -305,7 +305,8 @@ def _packed_ssd(v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlen
     """The chunks of all sequences that are at the same place in theirs, side by side; arguments have no batch."""
     lengths = cu_seqlens.diff().long()
     order = torch.argsort(lengths, descending=True, stable=True)
-    sizes, first = lengths[order].tolist(), cu_seqlens[:-1].long()[order]
+    sizes: list[int] = lengths[order].tolist()
+    first = cu_seqlens[:-1].long()[order]
     h = h[order]
     outputs, tokens = [], []
     for start in range(0, max(sizes, default=0), SSD_CHUNK):
@@ -315,7 +316,7 @@ def _packed_ssd(v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlen
             width = min(left, SSD_CHUNK)
             stop = next((i for i in range(row, len(sizes)) if 4 * (sizes[i] - start) < 3 * width), len(sizes))
             time = torch.arange(width, device=v.device)
-            real = (lengths[order[row:stop]] - start)[:, None] > time
+            real = torch.lt(time, (lengths[order[row:stop]] - start)[:, None])
             # Padding repeats the sequence's own last token; no step is made there.
             at = torch.minimum(first[row:stop, None] + start + time, (first + lengths[order] - 1)[row:stop, None])
             y, state = _ssd_chunk(v[at] * real[..., None, None], a[at] * real[..., None], B[at], C[at], h[row:stop])

@@ -19,6 +19,7 @@ from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .packing import hook_models, packing_support
 from .recomputation import LEVELS, RecomputeError, recompute
+from .sequences import PackedSequences, StatePool
 from .state import MixerState, PackedRows
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "MixerState",
     "PackedRows",
     "RecomputeError",
+    "PackedSequences",
+    "StatePool",
     "mixers_of",
     "packing_support",
     "recompute",

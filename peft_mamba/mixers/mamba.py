@@ -44,6 +44,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
                 activation="silu" if self.activation == "silu" else None,
                 initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
                 seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens if seq_idx is None else None,
             )
             return u if self.activation == "silu" else self.act(u)
 
@@ -58,18 +59,19 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
             can_be_remade(delta, lambda: project(self.dt_proj, time_step, bias=False))
         A = -torch.exp(self.A_log.to(accumulator_dtype(self.A_log)))
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
-        if cu_seqlens is None:
-            rows = {
+        if cu_seqlens is not None and seq_idx is not None:
+            # Documents side by side; with seq_idx a scan goes through all of a row one after the other.
+            u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
+        else:
+            rows |= {
                 "initial_state": None if initial_state is None else initial_state.ssm,
                 "lengths": lengths if return_final_state else None,
                 "seq_idx": seq_idx,
                 "return_final_state": return_final_state,
             }
-        else:  # documents side by side; with seq_idx a scan goes through all of a row one after the other
-            u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
         y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
         y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
         if return_final_state:
-            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size), ssm)
+            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
         return project(self.out_proj, y, product=not self._output_unread()), state

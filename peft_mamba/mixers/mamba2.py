@@ -52,6 +52,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
                 activation="silu" if self.activation == "silu" else None,
                 initial_state=None if conv_before is None else conv_before[:, part, 1:].transpose(1, 2),
                 seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens if seq_idx is None else None,
             )
             return u if self.activation == "silu" else self.act(u)
 
@@ -71,13 +72,13 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             initial_state=None if initial_state is None else initial_state.ssm,
             lengths=lengths if return_final_state else None,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens if seq_idx is None else None,
             return_final_state=return_final_state,
         )
         state = None
         if return_final_state:
-            state = MixerState(
-                conv_window(torch.cat(convolved, dim=-1), conv_before, lengths, self.conv_kernel_size), ssm
-            )
+            xBC = torch.cat(convolved, dim=-1)
+            state = MixerState(conv_window(xBC, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
+from .sequences import PackedSequences
 from .state import CachedMixer, PackedRows, laid_end_to_end
 
 Tensor = torch.Tensor
@@ -77,6 +78,8 @@ def _mixers(model: nn.Module) -> list[nn.Module]:
 def _gather(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a causal LM and of Mamba-1's backbone: the boundaries travel with the mask from here."""
     given = _by_name(model, args, kwargs)
+    if isinstance(given.get("attention_mask"), PackedSequences):
+        return args, kwargs
     mask, seq_idx = _rows(given)
     if isinstance(model, modeling_mamba.MambaModel):
         mask = _needed(model, given, mask)
@@ -86,6 +89,9 @@ def _gather(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def _spread(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of Mamba-2's backbone, which looks at the mask itself and hands further arguments on."""
     given = _by_name(model, args, kwargs)
+    if isinstance(given.get("attention_mask"), PackedSequences):
+        args, kwargs = _replace_mask(model, args, kwargs, None)
+        return args, {**kwargs, "sequences": given["attention_mask"]}
     mask, seq_idx = _rows(given)
     mask = _needed(model, given, mask)
     args, kwargs = _replace_mask(model, args, kwargs, mask)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from ..kernels.reference import first_of_document
 from .recomputation import runs_again
+from .sequences import PackedSequences, sequence_windows
 
 Tensor = torch.Tensor
 
@@ -78,8 +79,15 @@ def reorder(x: Tensor, positions: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (positions + rows * x.shape[1]).flatten()).view_as(x)
 
 
-def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int) -> Tensor:
-    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`."""
+def conv_window(
+    x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`.
+
+    With cu_seqlens, (S, C, width) up to the end of each sequence of the one row.
+    """
+    if cu_seqlens is not None:
+        return sequence_windows(x, before, cu_seqlens, width)
     if before is None:
         before = x.new_zeros(len(x), x.shape[2], width)
     x = x.transpose(1, 2)
@@ -157,9 +165,10 @@ class CachedMixer:
         self,
         hidden_states: Tensor,
         cache_params: Cache | None = None,
-        attention_mask: Tensor | PackedRows | None = None,
+        attention_mask: Tensor | PackedRows | PackedSequences | None = None,
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        sequences: PackedSequences | None = None,
         **kwargs,
     ) -> Tensor:
         """Mix (B, L, hidden_size) over time; same shape out.
@@ -167,15 +176,21 @@ class CachedMixer:
         Args:
             cache_params: where the state is read from, if one is there, and left.
             attention_mask: (B, ≥ L), 0 on padding, which may lie anywhere; the outputs there mean nothing. Or mask
-                and seq_idx in one.
+                and seq_idx in one, or `sequences`.
             seq_idx: (B, L) int, changing at the first token of each document packed into a row. The first document
                 goes on from the state in the cache; the last one's is left there.
             cu_seqlens: what `laid_end_to_end` says of seq_idx; used without cache and padding.
+            sequences: of the batch's one row, each with a state of its own from a pool, which takes the place of a
+                cache.
             kwargs: what transformers passes to all mixers and attention layers alike; this one needs none of it.
 
         Raises:
             ValueError: attention_mask or seq_idx do not fit the tokens.
         """
+        if isinstance(attention_mask, PackedSequences):
+            sequences, attention_mask = attention_mask, None
+        if sequences is not None:
+            return self._mix_sequences(hidden_states, sequences)
         if isinstance(attention_mask, PackedRows):
             attention_mask, seq_idx, cu_seqlens = attention_mask
         if seq_idx is not None and seq_idx.shape != hidden_states.shape[:2]:
@@ -213,6 +228,18 @@ class CachedMixer:
         """Whether this forward only serves its own backward, so that nothing reads what it returns."""
         return runs_again() and not (self._forward_hooks or _global._global_forward_hooks)
 
+    def _mix_sequences(self, hidden_states: Tensor, sequences: PackedSequences) -> Tensor:
+        cu_seqlens, pool, source, kept, target = sequences
+        state = None
+        if pool is not None and source is not None:
+            state = MixerState(*pool.read(self.layer_idx, source))
+        hidden_states, state = self.mix(
+            hidden_states, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=kept is not None
+        )
+        if state is not None and pool is not None and kept is not None and target is not None:
+            pool.write(self.layer_idx, target, state.conv[kept], state.ssm[kept])
+        return hidden_states
+
     def mix(
         self,
         hidden_states: Tensor,
@@ -228,7 +255,9 @@ class CachedMixer:
         Args:
             initial_state: after the tokens that came before; None: there were none.
             lengths: (B,), tokens at and after it are padding.
-            seq_idx, cu_seqlens: as for forward.
+            seq_idx: as for forward.
+            cu_seqlens: (S+1,) int32, bounds of sequences in a batch of one row; states have S in place of B. Beside
+                seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without states.
             return_final_state: False saves the work of it, and the second result is None.
         """
         raise NotImplementedError
