@@ -14,19 +14,27 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
+from .block import PARTS
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .packing import hook_models, packing_support
+from .recomputation import LEVELS, RecomputeError, recompute
+from .sequences import PackedSequences, StatePool
 from .state import MixerState, PackedRows
 
 __all__ = [
     "FAMILIES",
+    "LEVELS",
     "Mamba2Mixer",
     "MambaMixer",
     "MixerState",
     "PackedRows",
+    "RecomputeError",
+    "PackedSequences",
+    "StatePool",
     "mixers_of",
     "packing_support",
+    "recompute",
     "use_mixers",
 ]
 
@@ -81,11 +89,16 @@ def use_mixers(model: nn.Module) -> int:
                 f"{name} has a forward set on the module itself; ours would not run. Remove it first."
             )
     fresh = [mixer for _, mixer in mixers if type(mixer) in FAMILIES]
-    for mixer in fresh:
-        mixer.__class__ = FAMILIES[type(mixer)]
-        if "_old_forward" in vars(mixer):
-            # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
-            vars(mixer)["_old_forward"] = types.MethodType(type(mixer).forward, mixer)
+    if mixers:
+        for module in model.modules():
+            become = FAMILIES.get(type(module)) or PARTS.get(type(module))
+            # A norm or block that something has put a forward of its own on keeps that.
+            if become is None or ("forward" in vars(module) and "_old_forward" not in vars(module)):
+                continue
+            module.__class__ = become
+            if "_old_forward" in vars(module):
+                # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
+                vars(module)["_old_forward"] = types.MethodType(become.forward, module)
     hook_models(model)
     if fresh:
         path = kernels.describe(next(fresh[0].parameters()).device.type)
