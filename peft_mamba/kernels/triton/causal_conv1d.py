@@ -19,7 +19,7 @@ from .common import Tensor, row_strides, search_steps, sequence_of
 
 # Beyond this the registers of backward's window run out.
 MAX_WIDTH = 8
-FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS = 16, 256, 4
+FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS = 16, 128, 4
 # A warp with four channels a thread. A program's strip starts with width - 1 tokens of which it only needs the sums.
 BACKWARD_TOKENS, BACKWARD_CHANNELS, BACKWARD_WARPS = 128, 128, 1
 
@@ -67,9 +67,8 @@ def _forward(
     sums = tl.zeros([TOKENS, CHANNELS], tl.float32)
     if HAS_BIAS:
         sums += tl.load(bias + d, mask=in_width, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(WIDTH):
-        back: tl.constexpr = WIDTH - 1 - k
-        w = tl.load(weight + d * WIDTH + k, mask=in_width, other=0.0).to(tl.float32)
+    for back in tl.static_range(WIDTH):
+        w = tl.load(weight + d * WIDTH + WIDTH - 1 - back, mask=in_width, other=0.0).to(tl.float32)
         here = in_row & (place >= back)
         if HAS_SEQ_IDX:
             here = here & (tl.load(seq_idx + row * length + t - back, mask=here) == document)
@@ -77,13 +76,12 @@ def _forward(
         sums += tap.to(tl.float32) * w[None, :]
     if HAS_INITIAL and WIDTH > 1:
         if PACKED or first < WIDTH - 1:
-            for k in tl.static_range(WIDTH - 1):
-                back: tl.constexpr = WIDTH - 1 - k
-                w = tl.load(weight + d * WIDTH + k, mask=in_width, other=0.0).to(tl.float32)
+            for back in tl.static_range(1, WIDTH):
+                w = tl.load(weight + d * WIDTH + WIDTH - 1 - back, mask=in_width, other=0.0).to(tl.float32)
                 before = in_row & (place < back)
                 if HAS_SEQ_IDX:  # what lies before a row belongs to its first document
                     before = before & (tl.load(seq_idx + row * length) == document)
-                at = (sequence * (WIDTH - 1) + place + k) * channels
+                at = (sequence * (WIDTH - 1) + place + WIDTH - 1 - back) * channels
                 tap = tl.load(initial + at[:, None] + d[None, :], mask=before[:, None] & in_width[None, :], other=0.0)
                 sums += tap.to(tl.float32) * w[None, :]
     if SILU:

@@ -1,0 +1,321 @@
+"""The kernels of Mamba-2's scan in the block form of 2405.21060, section 6; `ssd` calls them.
+
+A sequence is cut into chunks of Q tokens. With a_t = dt_t A, s_t its sum within the chunk up to t, and h the state
+before the chunk,
+
+    y_t = Σ_{r≤t} exp(s_t - s_r) (C_t·B_r) dt_r x_r + exp(s_t) h C_t + D x_t
+    h'  = exp(s_Q) h + Σ_r exp(s_Q - s_r) dt_r x_r B_rᵀ
+
+`states` and `state_gradients` walk through the chunks of a sequence, forwards for h and backwards for its gradient g;
+`outputs` and `gradients` then take every chunk by itself, for several heads that share C·B. Where a document starts
+inside a chunk, the terms that would cross are left out.
+
+A slot is a chunk's place in the buffers of states. The rows of a batch have `chunks` of them each; sequence s of a packed
+row starts at slot cu_seqlens[s] // Q + s, which leaves enough for those before it, and `table` tells whose a slot is.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def chunk_table(cu_seqlens, table, Q: tl.constexpr):
+    """table[slot] = sequence, for all slots of the sequence program_id(0)."""
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens + sequence)
+    stop = tl.load(cu_seqlens + sequence + 1)
+    for i in range(tl.cdiv(stop - start, Q)):
+        tl.store(table + start // Q + sequence + i, sequence)
+
+
+@triton.jit
+def sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED: tl.constexpr, Q: tl.constexpr):
+    """(row, first token, end, first slot) of a sequence."""
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence)
+        stop = tl.load(cu_seqlens + sequence + 1)
+        return (sequence * 0).to(tl.int64), start, stop, (start // Q + sequence).to(tl.int64)
+    else:
+        return sequence.to(tl.int64), sequence * 0, length, sequence.to(tl.int64) * chunks
+
+
+@triton.jit
+def slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED: tl.constexpr, Q: tl.constexpr):
+    """(row, first token, end of the sequence) of a slot; the end is not behind the first token where a slot is empty."""
+    if PACKED:
+        sequence = tl.load(table + slot)
+        known = sequence >= 0
+        begin = tl.load(cu_seqlens + sequence, mask=known, other=0)
+        stop = tl.load(cu_seqlens + sequence + 1, mask=known, other=0)
+        return (slot * 0).to(tl.int64), begin + (slot - begin // Q - sequence) * Q, stop
+    else:
+        return (slot // chunks).to(tl.int64), (slot % chunks) * Q, length
+
+
+@triton.jit
+def steps_of(
+    dt, A, lengths, seq_idx, row, start, stop, length, heads, head, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
+    PRECISE: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk and head: step sizes, s_t / ln 2, s_Q / ln 2, which tokens the state before reaches (1 or 0), which
+    tokens reach the state after, whether the former reaches the latter, and the documents counted from the chunk on."""
+    t = start + tl.arange(0, Q)
+    real = t < stop
+    if HAS_LENGTHS:
+        real = real & (t < tl.load(lengths + row))
+    step = tl.load(dt + (row * length + t) * heads + head, mask=real, other=0.0)
+    a = step * (tl.load(A + head) * LOG2E)
+    if PRECISE:  # of large sums only differences are used
+        a = a.to(tl.float64)
+    s = tl.cumsum(a, 0)
+    total = tl.sum(a, 0)
+    document = tl.zeros([Q], tl.int32)
+    if HAS_SEQ_IDX:
+        here = tl.load(seq_idx + row * length + t, mask=t < stop, other=0)
+        before = tl.load(seq_idx + row * length + t - 1, mask=(t < stop) & (t > 0), other=0)
+        document = tl.cumsum(((here != before) & (t > 0) & (t < stop)).to(tl.int32), 0)
+    last = tl.max(document, 0)
+    into = tl.where(document == 0, tl.exp2(s.to(tl.float32)), 0.0)
+    out = tl.where(document == last, tl.exp2((total - s).to(tl.float32)), 0.0)
+    through = tl.where(last == 0, tl.exp2(total.to(tl.float32)), 0.0)
+    return step, s, into, out, through, document
+
+
+@triton.jit
+def decay_between(s, document, HAS_SEQ_IDX: tl.constexpr, Q: tl.constexpr):
+    """(Q, Q): exp(s_t - s_r) at [t, r], 0 where r > t or in another document."""
+    i = tl.arange(0, Q)
+    reached = i[:, None] >= i[None, :]
+    if HAS_SEQ_IDX:
+        reached = reached & (document[:, None] == document[None, :])
+    return tl.exp2(tl.where(reached, (s[:, None] - s[None, :]).to(tl.float32), float("-inf")))
+
+
+@triton.jit
+def load_tile(pointer, rows, row_stride, row_mask, columns, column_count):
+    return tl.load(
+        pointer + rows[:, None] * row_stride + columns[None, :],
+        mask=row_mask[:, None] & (columns < column_count)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def states(
+    x, dt, A, B, initial, lengths, seq_idx, cu_seqlens, h, final,
+    length, chunks, heads, group_heads, head_size, state_size,
+    x_row, x_token, x_head, b_row, b_token, b_group,
+    HAS_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_STATES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """h before each chunk of a sequence and head, and after the last one; P and N are tiles of the state."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(state_size, N)
+    p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
+    n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
+    x += row * x_row + head * x_head
+    B += row * b_row + (head // group_heads) * b_group
+    inside = (p < head_size)[:, None] & (n < state_size)[None, :]
+    size = head_size.to(tl.int64) * state_size
+    at = p[:, None] * state_size + n[None, :]
+    state = tl.zeros([P, N], tl.float32)
+    if HAS_INITIAL:
+        state += tl.load(initial + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
+    for i in range(tl.cdiv(stop - start, Q)):
+        first = start + i * Q
+        t = first + tl.arange(0, Q)
+        if WITH_STATES:
+            tl.store(h + ((slot + i) * heads + head) * size + at, state.to(h.dtype.element_ty), mask=inside)
+        step, _, _, out, through, _ = steps_of(
+            dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
+        )
+        rows = t.to(tl.int64)
+        values = load_tile(x, rows, x_token, t < stop, p, head_size).to(tl.float32) * (step * out)[:, None]
+        keys = load_tile(B, rows, b_token, t < stop, n, state_size)
+        state = tl.dot(tl.trans(values.to(DOT)), keys.to(DOT), acc=state * through, input_precision=INPUT)
+    if WITH_FINAL:
+        tl.store(final + (sequence.to(tl.int64) * heads + head) * size + at, state, mask=inside)
+
+
+@triton.jit
+def state_gradients(
+    dy, dt, A, C, dfinal, lengths, seq_idx, cu_seqlens, g, dinitial,
+    length, chunks, heads, group_heads, head_size, state_size,
+    y_row, y_token, y_head, c_row, c_token, c_group,
+    HAS_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
+    PACKED: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state after each chunk, and of the one before the first."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(state_size, N)
+    p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
+    n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
+    dy += row * y_row + head * y_head
+    C += row * c_row + (head // group_heads) * c_group
+    inside = (p < head_size)[:, None] & (n < state_size)[None, :]
+    size = head_size.to(tl.int64) * state_size
+    at = p[:, None] * state_size + n[None, :]
+    gradient = tl.zeros([P, N], tl.float32)
+    if HAS_FINAL:
+        gradient += tl.load(dfinal + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
+    count = tl.cdiv(stop - start, Q)
+    for step in range(count):
+        i = count - 1 - step
+        first = start + i * Q
+        t = first + tl.arange(0, Q)
+        tl.store(g + ((slot + i) * heads + head) * size + at, gradient.to(g.dtype.element_ty), mask=inside)
+        _, _, into, _, through, _ = steps_of(
+            dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
+        )
+        rows = t.to(tl.int64)
+        values = load_tile(dy, rows, y_token, t < stop, p, head_size).to(tl.float32) * into[:, None]
+        queries = load_tile(C, rows, c_token, t < stop, n, state_size)
+        gradient = tl.dot(tl.trans(values.to(DOT)), queries.to(DOT), acc=gradient * through, input_precision=INPUT)
+    if WITH_INITIAL:
+        tl.store(dinitial + (sequence.to(tl.int64) * heads + head) * size + at, gradient, mask=inside)
+
+
+@triton.jit
+def outputs(
+    x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, y,
+    length, chunks, heads, group_heads, block_heads, head_size, state_size,
+    x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group,
+    HAS_D: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk, for block_heads heads of one group."""
+    slot, group = tl.program_id(0), tl.program_id(1)
+    row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
+    if first < stop:
+        t = first + tl.arange(0, Q)
+        rows, real = t.to(tl.int64), t < stop
+        p, n = tl.arange(0, P), tl.arange(0, N)
+        inside = (p < head_size)[:, None] & (n < state_size)[None, :]
+        size = head_size.to(tl.int64) * state_size
+        keys = load_tile(B + row * b_row + group * b_group, rows, b_token, real, n, state_size).to(DOT)
+        queries = load_tile(C + row * c_row + group * c_group, rows, c_token, real, n, state_size).to(DOT)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=INPUT)
+        begin = tl.program_id(2) * block_heads
+        for j in range(begin, tl.minimum(begin + block_heads, group_heads)):
+            head = group * group_heads + j
+            step, s, into, _, _, document = steps_of(
+                dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
+            )
+            weights = scores * decay_between(s, document, HAS_SEQ_IDX, Q) * step[None, :]
+            values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
+            state = tl.load(
+                h + (slot.to(tl.int64) * heads + head) * size + p[:, None] * state_size + n[None, :],
+                mask=inside,
+                other=0.0,
+            )
+            sums = tl.dot(queries, tl.trans(state.to(DOT)), input_precision=INPUT) * into[:, None]
+            sums = tl.dot(weights.to(DOT), values.to(DOT), acc=sums, input_precision=INPUT)
+            if HAS_D:
+                sums += values.to(tl.float32) * tl.load(D + head)
+            at = ((row * length + rows) * heads + head) * head_size
+            tl.store(
+                y + at[:, None] + p[None, :],
+                sums.to(y.dtype.element_ty),
+                mask=real[:, None] & (p < head_size)[None, :],
+            )
+
+
+@triton.jit
+def gradients(
+    x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dB, dC, dD,
+    batch, length, chunks, heads, group_heads, block_heads, head_size, state_size,
+    x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
+    HAS_D: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """All gradients within one chunk, for block_heads heads of one group: dA and dD of the chunk, dB and dC of these
+    heads, which `ssd` sums."""
+    slot, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
+    begin = block * block_heads
+    end = tl.minimum(begin + block_heads, group_heads)
+    if first >= stop:
+        for j in range(begin, end):
+            at = slot.to(tl.int64) * heads + group * group_heads + j
+            tl.store(dA + at, 0.0)
+            if HAS_D:
+                tl.store(dD + at, 0.0)
+    else:
+        i = tl.arange(0, Q)
+        t = first + i
+        rows, real = t.to(tl.int64), t < stop
+        p, n = tl.arange(0, P), tl.arange(0, N)
+        in_head, in_state = p < head_size, n < state_size
+        size = head_size.to(tl.int64) * state_size
+        keys = load_tile(B + row * b_row + group * b_group, rows, b_token, real, n, state_size).to(DOT)
+        queries = load_tile(C + row * c_row + group * c_group, rows, c_token, real, n, state_size).to(DOT)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=INPUT)
+        dkeys = tl.zeros([Q, N], tl.float32)
+        dqueries = tl.zeros([Q, N], tl.float32)
+        for j in range(begin, end):
+            head = group * group_heads + j
+            step, s, into, out, through, document = steps_of(
+                dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
+            )
+            decay = decay_between(s, document, HAS_SEQ_IDX, Q)
+            values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
+            douts = load_tile(dy + row * y_row + head * y_head, rows, y_token, real, p, head_size)
+            at = (slot.to(tl.int64) * heads + head) * size + p[:, None] * state_size + n[None, :]
+            inside = in_head[:, None] & in_state[None, :]
+            state = tl.load(h + at, mask=inside, other=0.0)
+            gradient = tl.load(g + at, mask=inside, other=0.0)
+            values32, douts32 = values.to(tl.float32), douts.to(tl.float32)
+            values, douts = values.to(DOT), douts.to(DOT)
+
+            # Within the chunk, at [t, r]: what the product C_t·B_r gets, and its decay's exponent.
+            pairs = tl.dot(douts, tl.trans(values), input_precision=INPUT) * decay * step[None, :]
+            exponents = tl.where(i[:, None] > i[None, :], pairs * scores, 0.0)
+            dexponent = tl.sum(exponents, 1) - tl.sum(exponents, 0)
+            pairs = pairs.to(DOT)
+            dqueries = tl.dot(pairs, keys, acc=dqueries, input_precision=INPUT)
+            dkeys = tl.dot(tl.trans(pairs), queries, acc=dkeys, input_precision=INPUT)
+            # Out of the state before the chunk.
+            dexponent += into * tl.sum(
+                douts32 * tl.dot(queries, tl.trans(state.to(DOT)), input_precision=INPUT), 1
+            )
+            dqueries = tl.dot((douts32 * into[:, None]).to(DOT), state.to(DOT), acc=dqueries, input_precision=INPUT)
+            # Into the state after the chunk.
+            dvalues = tl.dot(keys, tl.trans(gradient.to(DOT)), input_precision=INPUT) * out[:, None]
+            leaving = step * tl.sum(values32 * dvalues, 1)
+            dkeys = tl.dot(
+                (values32 * (step * out)[:, None]).to(DOT), gradient.to(DOT), acc=dkeys, input_precision=INPUT
+            )
+            kept = through * tl.sum(tl.sum(state.to(tl.float32) * gradient.to(tl.float32), 1), 0)
+            weights = (scores * decay).to(DOT)
+            dvalues = tl.dot(tl.trans(weights), douts, acc=dvalues, input_precision=INPUT)
+
+            # a_t is in the exponents of all that passes token t.
+            da = tl.cumsum(dexponent, 0, reverse=True) + (tl.cumsum(leaving, 0) - leaving) + kept
+            dstep = da * tl.load(A + head) + tl.sum(dvalues * values32, 1)
+            if HAS_LENGTHS:
+                dstep = tl.where(t < tl.load(lengths + row), dstep, 0.0)
+            tl.store(ddt + (row * length + rows) * heads + head, dstep, mask=real)
+            tl.store(dA + slot.to(tl.int64) * heads + head, tl.sum(da * step, 0))
+            dvalues = dvalues * step[:, None]
+            if HAS_D:
+                dvalues += douts32 * tl.load(D + head)
+                tl.store(dD + slot.to(tl.int64) * heads + head, tl.sum(tl.sum(douts32 * values32, 1), 0))
+            at_x = ((row * length + rows) * heads + head) * head_size
+            tl.store(
+                dx + at_x[:, None] + p[None, :],
+                dvalues.to(dx.dtype.element_ty),
+                mask=real[:, None] & in_head[None, :],
+            )
+        groups = heads // group_heads
+        at_n = (((block * batch + row) * length + rows) * groups + group) * state_size
+        mask_n = real[:, None] & in_state[None, :]
+        tl.store(dB + at_n[:, None] + n[None, :], dkeys.to(dB.dtype.element_ty), mask=mask_n)
+        tl.store(dC + at_n[:, None] + n[None, :], dqueries.to(dC.dtype.element_ty), mask=mask_n)
