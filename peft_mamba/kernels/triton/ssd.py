@@ -20,11 +20,12 @@ from ..reference import check_packed
 from . import ssd_kernels as kernels
 from .common import Tensor, interpreted, row_strides
 
-# What the registers hold; wider heads and states go to `chunked`.
-MAX_HEAD_SIZE, MAX_STATE_SIZE = 128, 256
-# Tokens a chunk. float32 operands take twice the room.
+# What the registers hold; wider heads go to `chunked`.
+MAX_HEAD_SIZE = 128
+# Tokens a chunk, and columns of the state at a time. float32 operands take twice the room.
 CHUNK, CHUNK_FLOAT32 = 64, 32
-# A program of `outputs` and `gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
+STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 64, 32
+# A program of `key_gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
 MAX_BLOCK_HEADS, PROGRAMS = 8, 1024
 
 
@@ -42,14 +43,13 @@ class _Plan(NamedTuple):
     slots: int
     float32: bool
     constants: dict
-    tile: dict  # P and N that cover the whole state
+    tile: dict  # P, which covers a head, and N, of which a program takes one after the other
 
     @classmethod
     def of(cls, x: Tensor, B: Tensor, lengths: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None):
         (batch, length, heads, head_size), (groups, state_size) = x.shape, B.shape[2:]
         bfloat16 = x.dtype == torch.bfloat16
-        wide = state_size > 128 or head_size > 64
-        chunk = CHUNK if bfloat16 and not wide else CHUNK_FLOAT32
+        chunk = CHUNK if bfloat16 else CHUNK_FLOAT32
         chunks = triton.cdiv(length, chunk)
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         tf32 = x.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
@@ -63,12 +63,18 @@ class _Plan(NamedTuple):
             "INPUT": "tf32" if tf32 else "ieee",
             "Q": chunk,
         }
-        tile = {"P": max(16, triton.next_power_of_2(head_size)), "N": max(16, triton.next_power_of_2(state_size))}
+        columns = min(STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32, triton.next_power_of_2(state_size))
+        tile = {"P": max(16, triton.next_power_of_2(head_size)), "N": max(16, columns)}
         slots = batch * chunks if cu_seqlens is None else length // chunk + sequences
         return cls(
             *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, not bfloat16),
             *(constants, tile),
         )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What every kernel takes, in their order."""
+        return self.length, self.chunks, self.heads, self.group_heads, self.head_size, self.state_size
 
     @property
     def group_heads(self) -> int:
@@ -84,9 +90,8 @@ class _Plan(NamedTuple):
 
     def state_tiles(self) -> tuple[int, int]:
         """Tiles of the state that a program carries through a sequence: small where there are few sequences."""
-        p, n = self.tile["P"], self.tile["N"]
         largest = 32 if self.sequences * self.heads < PROGRAMS else 64
-        return min(p, largest), min(n, largest)
+        return tuple(max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
 
     def states(self, x: Tensor) -> Tensor:
         dtype = torch.float32 if self.float32 else torch.bfloat16
@@ -111,8 +116,7 @@ def _states(plan: _Plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlen
     tiles = triton.cdiv(plan.head_size, p) * triton.cdiv(plan.state_size, n)
     kernels.states[(plan.sequences, plan.heads, tiles)](
         *(x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state),
-        *(plan.length, plan.chunks, plan.heads, plan.group_heads, plan.head_size, plan.state_size),
-        *(*_strides(x), *_strides(B)),
+        *(*plan.sizes, *_strides(x), *_strides(B)),
         HAS_INITIAL=initial_state is not None,
         WITH_FINAL=final_state is not None,
         WITH_STATES=True,
@@ -136,10 +140,9 @@ class _SSD(torch.autograd.Function):
         with torch.cuda.device_of(x):
             h = plan.states(x)
             _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state)
-            kernels.outputs[(plan.slots, plan.groups, plan.blocks)](
+            kernels.outputs[(plan.slots * plan.heads,)](
                 *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, plan.table(cu_seqlens), h, y),
-                *(plan.length, plan.chunks, plan.heads, plan.group_heads, plan.block_heads),
-                *(plan.head_size, plan.state_size, *_strides(x), *_strides(B), *_strides(C)),
+                *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C)),
                 HAS_D=D is not None,
                 **plan.constants,
                 **plan.tile,
@@ -172,8 +175,7 @@ class _SSD(torch.autograd.Function):
             tiles = triton.cdiv(plan.head_size, p) * triton.cdiv(plan.state_size, n)
             kernels.state_gradients[(plan.sequences, plan.heads, tiles)](
                 *(dy, dt, A, C, None if dfinal is None else dfinal.contiguous(), lengths, seq_idx, cu_seqlens, g),
-                *(dinitial, plan.length, plan.chunks, plan.heads, plan.group_heads, plan.head_size),
-                *(plan.state_size, *_strides(dy), *_strides(C)),
+                *(dinitial, *plan.sizes, *_strides(dy), *_strides(C)),
                 HAS_FINAL=dfinal is not None,
                 WITH_INITIAL=dinitial is not None,
                 **plan.constants,
@@ -182,16 +184,25 @@ class _SSD(torch.autograd.Function):
                 num_warps=4,
                 num_stages=2,
             )
-            kernels.gradients[(plan.slots, plan.groups, plan.blocks)](
-                *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, plan.table(cu_seqlens), h, g, dy, dx, ddt),
-                *(dA, dB, dC, dD, plan.batch, plan.length, plan.chunks, plan.heads, plan.group_heads),
-                *(plan.block_heads, plan.head_size, plan.state_size),
-                *(*_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
+            table = plan.table(cu_seqlens)
+            kernels.value_gradients[(plan.slots * plan.heads,)](
+                *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dD),
+                *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
                 HAS_D=D is not None,
                 **plan.constants,
                 **plan.tile,
-                num_warps=8,
-                num_stages=1,
+                num_warps=4,
+                num_stages=2,
+            )
+            programs = plan.slots * plan.groups * plan.blocks * triton.cdiv(plan.state_size, plan.tile["N"])
+            kernels.key_gradients[(programs,)](
+                *(x, dt, A, B, C, lengths, seq_idx, cu_seqlens, table, h, g, dy, dB, dC),
+                *(plan.batch, plan.length, plan.chunks, plan.heads, plan.group_heads, plan.block_heads, plan.blocks),
+                *(plan.head_size, plan.state_size, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
+                **plan.constants,
+                **plan.tile,
+                num_warps=4,
+                num_stages=2,
             )
         dB, dC = (partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype) for partial in (dB, dC))
         dD = None if dD is None else dD.sum(0)
@@ -212,12 +223,12 @@ def ssd(
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.ssd`; float64, empty inputs, heads above MAX_HEAD_SIZE and states above MAX_STATE_SIZE go to `chunked`.
+    """`reference.ssd`; float64, empty inputs and heads wider than MAX_HEAD_SIZE go to `chunked`.
 
     x, B and C may be slices of something wider, as long as their last dimension is contiguous; B and C are taken in x's
     dtype. First derivatives only.
     """
-    if x.dtype == torch.float64 or x.numel() == 0 or x.shape[3] > MAX_HEAD_SIZE or B.shape[3] > MAX_STATE_SIZE:
+    if x.dtype == torch.float64 or x.numel() == 0 or x.shape[3] > MAX_HEAD_SIZE:
         return chunked.ssd(
             *(x, dt, A, B, C, D),
             initial_state=initial_state,

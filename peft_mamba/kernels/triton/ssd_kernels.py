@@ -7,8 +7,8 @@ before the chunk,
     h'  = exp(s_Q) h + Σ_r exp(s_Q - s_r) dt_r x_r B_rᵀ
 
 `states` and `state_gradients` walk through the chunks of a sequence, forwards for h and backwards for its gradient g;
-`outputs` and `gradients` then take every chunk by itself, for several heads that share C·B. Where a document starts
-inside a chunk, the terms that would cross are left out.
+`outputs`, `value_gradients` and `key_gradients` then take every chunk by itself. Where a document starts inside a chunk,
+the terms that would cross are left out.
 
 A slot is a chunk's place in the buffers of states. The rows of a batch have `chunks` of them each; sequence s of a packed
 row starts at slot cu_seqlens[s] // Q + s, which leaves enough for those before it, and `table` tells whose a slot is.
@@ -186,136 +186,159 @@ def state_gradients(
 @triton.jit
 def outputs(
     x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, y,
-    length, chunks, heads, group_heads, block_heads, head_size, state_size,
+    length, chunks, heads, group_heads, head_size, state_size,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group,
     HAS_D: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
     PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """y of one chunk, for block_heads heads of one group."""
-    slot, group = tl.program_id(0), tl.program_id(1)
+    """y of one chunk and head; N is a tile of the state's columns."""
+    slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
         t = first + tl.arange(0, Q)
         rows, real = t.to(tl.int64), t < stop
-        p, n = tl.arange(0, P), tl.arange(0, N)
-        inside = (p < head_size)[:, None] & (n < state_size)[None, :]
-        size = head_size.to(tl.int64) * state_size
-        keys = load_tile(B + row * b_row + group * b_group, rows, b_token, real, n, state_size).to(DOT)
-        queries = load_tile(C + row * c_row + group * c_group, rows, c_token, real, n, state_size).to(DOT)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=INPUT)
-        begin = tl.program_id(2) * block_heads
-        for j in range(begin, tl.minimum(begin + block_heads, group_heads)):
-            head = group * group_heads + j
-            step, s, into, _, _, document = steps_of(
-                dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
-            )
-            weights = scores * decay_between(s, document, HAS_SEQ_IDX, Q) * step[None, :]
-            values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
-            state = tl.load(
-                h + (slot.to(tl.int64) * heads + head) * size + p[:, None] * state_size + n[None, :],
-                mask=inside,
-                other=0.0,
-            )
-            sums = tl.dot(queries, tl.trans(state.to(DOT)), input_precision=INPUT) * into[:, None]
-            sums = tl.dot(weights.to(DOT), values.to(DOT), acc=sums, input_precision=INPUT)
-            if HAS_D:
-                sums += values.to(tl.float32) * tl.load(D + head)
-            at = ((row * length + rows) * heads + head) * head_size
-            tl.store(
-                y + at[:, None] + p[None, :],
-                sums.to(y.dtype.element_ty),
-                mask=real[:, None] & (p < head_size)[None, :],
-            )
+        p = tl.arange(0, P)
+        in_head = p < head_size
+        B += row * b_row + (head // group_heads) * b_group
+        C += row * c_row + (head // group_heads) * c_group
+        h += (slot.to(tl.int64) * heads + head) * head_size * state_size
+        scores = tl.zeros([Q, Q], tl.float32)
+        sums = tl.zeros([Q, P], tl.float32)
+        for k in range(tl.cdiv(state_size, N)):
+            n = k * N + tl.arange(0, N)
+            keys = load_tile(B, rows, b_token, real, n, state_size).to(DOT)
+            queries = load_tile(C, rows, c_token, real, n, state_size).to(DOT)
+            state = load_tile(h, p, state_size, in_head, n, state_size).to(DOT)
+            scores = tl.dot(queries, tl.trans(keys), acc=scores, input_precision=INPUT)
+            sums = tl.dot(queries, tl.trans(state), acc=sums, input_precision=INPUT)
+        step, s, into, _, _, document = steps_of(
+            dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
+        )
+        weights = scores * decay_between(s, document, HAS_SEQ_IDX, Q) * step[None, :]
+        values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
+        sums = tl.dot(weights.to(DOT), values.to(DOT), acc=sums * into[:, None], input_precision=INPUT)
+        if HAS_D:
+            sums += values.to(tl.float32) * tl.load(D + head)
+        at = ((row * length + rows) * heads + head) * head_size
+        tl.store(y + at[:, None] + p[None, :], sums.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
 
 
 @triton.jit
-def gradients(
-    x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dB, dC, dD,
-    batch, length, chunks, heads, group_heads, block_heads, head_size, state_size,
+def value_gradients(
+    x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dD,
+    length, chunks, heads, group_heads, head_size, state_size,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
     HAS_D: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
     PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients within one chunk, for block_heads heads of one group: dA and dD of the chunk, dB and dC of these
-    heads, which `ssd` sums."""
-    slot, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """dx and ddt of one chunk and head, and what the chunk adds to dA and dD; N is a tile of the state's columns."""
+    slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
-    begin = block * block_heads
-    end = tl.minimum(begin + block_heads, group_heads)
+    mine = slot.to(tl.int64) * heads + head
     if first >= stop:
-        for j in range(begin, end):
-            at = slot.to(tl.int64) * heads + group * group_heads + j
-            tl.store(dA + at, 0.0)
-            if HAS_D:
-                tl.store(dD + at, 0.0)
+        tl.store(dA + mine, 0.0)
+        if HAS_D:
+            tl.store(dD + mine, 0.0)
     else:
         i = tl.arange(0, Q)
         t = first + i
         rows, real = t.to(tl.int64), t < stop
-        p, n = tl.arange(0, P), tl.arange(0, N)
+        p = tl.arange(0, P)
+        in_head = p < head_size
+        B += row * b_row + (head // group_heads) * b_group
+        C += row * c_row + (head // group_heads) * c_group
+        h += mine * head_size * state_size
+        g += mine * head_size * state_size
+        scores = tl.zeros([Q, Q], tl.float32)
+        before = tl.zeros([Q, P], tl.float32)  # h C_t
+        after = tl.zeros([Q, P], tl.float32)  # g B_t
+        both = tl.zeros([P, N], tl.float32)
+        for k in range(tl.cdiv(state_size, N)):
+            n = k * N + tl.arange(0, N)
+            keys = load_tile(B, rows, b_token, real, n, state_size).to(DOT)
+            queries = load_tile(C, rows, c_token, real, n, state_size).to(DOT)
+            state = load_tile(h, p, state_size, in_head, n, state_size)
+            gradient = load_tile(g, p, state_size, in_head, n, state_size)
+            scores = tl.dot(queries, tl.trans(keys), acc=scores, input_precision=INPUT)
+            before = tl.dot(queries, tl.trans(state.to(DOT)), acc=before, input_precision=INPUT)
+            after = tl.dot(keys, tl.trans(gradient.to(DOT)), acc=after, input_precision=INPUT)
+            both += state.to(tl.float32) * gradient.to(tl.float32)
+        step, s, into, out, through, document = steps_of(
+            dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
+        )
+        values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
+        douts = load_tile(dy + row * y_row + head * y_head, rows, y_token, real, p, head_size)
+        # What the exponent s_t gets: out of the state before, less what other tokens get of t within the chunk.
+        dexponent = into * tl.sum(douts.to(tl.float32) * before, 1)
+        scores *= decay_between(s, document, HAS_SEQ_IDX, Q)
+        pairs = tl.dot(douts.to(DOT), tl.trans(values.to(DOT)), input_precision=INPUT)
+        pairs = tl.where(i[:, None] > i[None, :], pairs * scores * step[None, :], 0.0)
+        dexponent += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        after *= out[:, None]
+        leaving = step * tl.sum(values.to(tl.float32) * after, 1)
+        dvalues = tl.dot(tl.trans(scores.to(DOT)), douts.to(DOT), acc=after, input_precision=INPUT)
+        # a_t is in the exponents of all that passes token t: s_t and later, what leaves earlier, and the state.
+        kept = through * tl.sum(tl.sum(both, 1), 0)
+        da = tl.cumsum(dexponent, 0, reverse=True) + (tl.cumsum(leaving, 0) - leaving) + kept
+        dstep = da * tl.load(A + head) + tl.sum(dvalues * values.to(tl.float32), 1)
+        if HAS_LENGTHS:
+            dstep = tl.where(t < tl.load(lengths + row), dstep, 0.0)
+        tl.store(ddt + (row * length + rows) * heads + head, dstep, mask=real)
+        tl.store(dA + mine, tl.sum(da * step, 0))
+        dvalues *= step[:, None]
+        if HAS_D:
+            dvalues += douts.to(tl.float32) * tl.load(D + head)
+            tl.store(dD + mine, tl.sum(tl.sum(douts.to(tl.float32) * values.to(tl.float32), 1), 0))
+        at = ((row * length + rows) * heads + head) * head_size
+        tl.store(dx + at[:, None] + p[None, :], dvalues.to(dx.dtype.element_ty), mask=real[:, None] & in_head[None, :])
+
+
+@triton.jit
+def key_gradients(
+    x, dt, A, B, C, lengths, seq_idx, cu_seqlens, table, h, g, dy, dB, dC,
+    batch, length, chunks, heads, group_heads, block_heads, blocks, head_size, state_size,
+    x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
+    HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """What block_heads heads of one group add to dB and dC of one chunk, in a tile of N columns."""
+    tiles = tl.cdiv(state_size, N)
+    groups = heads // group_heads
+    program = tl.program_id(0)
+    tile, program = program % tiles, program // tiles
+    block, program = program % blocks, program // blocks
+    group, slot = program % groups, program // groups
+    row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
+    if first < stop:
+        t = first + tl.arange(0, Q)
+        rows, real = t.to(tl.int64), t < stop
+        p = tl.arange(0, P)
+        n = tile * N + tl.arange(0, N)
         in_head, in_state = p < head_size, n < state_size
-        size = head_size.to(tl.int64) * state_size
         keys = load_tile(B + row * b_row + group * b_group, rows, b_token, real, n, state_size).to(DOT)
         queries = load_tile(C + row * c_row + group * c_group, rows, c_token, real, n, state_size).to(DOT)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=INPUT)
         dkeys = tl.zeros([Q, N], tl.float32)
         dqueries = tl.zeros([Q, N], tl.float32)
-        for j in range(begin, end):
-            head = group * group_heads + j
-            step, s, into, out, through, document = steps_of(
+        begin = group * group_heads + block * block_heads
+        for head in range(begin, tl.minimum(begin + block_heads, (group + 1) * group_heads)):
+            step, s, into, out, _, document = steps_of(
                 dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
             )
-            decay = decay_between(s, document, HAS_SEQ_IDX, Q)
             values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
             douts = load_tile(dy + row * y_row + head * y_head, rows, y_token, real, p, head_size)
-            at = (slot.to(tl.int64) * heads + head) * size + p[:, None] * state_size + n[None, :]
-            inside = in_head[:, None] & in_state[None, :]
-            state = tl.load(h + at, mask=inside, other=0.0)
-            gradient = tl.load(g + at, mask=inside, other=0.0)
-            values32, douts32 = values.to(tl.float32), douts.to(tl.float32)
-            values, douts = values.to(DOT), douts.to(DOT)
-
-            # Within the chunk, at [t, r]: what the product C_t·B_r gets, and its decay's exponent.
-            pairs = tl.dot(douts, tl.trans(values), input_precision=INPUT) * decay * step[None, :]
-            exponents = tl.where(i[:, None] > i[None, :], pairs * scores, 0.0)
-            dexponent = tl.sum(exponents, 1) - tl.sum(exponents, 0)
-            pairs = pairs.to(DOT)
+            size = head_size.to(tl.int64) * state_size
+            mine = (slot.to(tl.int64) * heads + head) * size
+            state = load_tile(h + mine, p, state_size, in_head, n, state_size).to(DOT)
+            gradient = load_tile(g + mine, p, state_size, in_head, n, state_size).to(DOT)
+            pairs = tl.dot(douts.to(DOT), tl.trans(values.to(DOT)), input_precision=INPUT)
+            pairs = (pairs * decay_between(s, document, HAS_SEQ_IDX, Q) * step[None, :]).to(DOT)
             dqueries = tl.dot(pairs, keys, acc=dqueries, input_precision=INPUT)
+            douts = (douts.to(tl.float32) * into[:, None]).to(DOT)
+            dqueries = tl.dot(douts, state, acc=dqueries, input_precision=INPUT)
             dkeys = tl.dot(tl.trans(pairs), queries, acc=dkeys, input_precision=INPUT)
-            # Out of the state before the chunk.
-            dexponent += into * tl.sum(
-                douts32 * tl.dot(queries, tl.trans(state.to(DOT)), input_precision=INPUT), 1
-            )
-            dqueries = tl.dot((douts32 * into[:, None]).to(DOT), state.to(DOT), acc=dqueries, input_precision=INPUT)
-            # Into the state after the chunk.
-            dvalues = tl.dot(keys, tl.trans(gradient.to(DOT)), input_precision=INPUT) * out[:, None]
-            leaving = step * tl.sum(values32 * dvalues, 1)
-            dkeys = tl.dot(
-                (values32 * (step * out)[:, None]).to(DOT), gradient.to(DOT), acc=dkeys, input_precision=INPUT
-            )
-            kept = through * tl.sum(tl.sum(state.to(tl.float32) * gradient.to(tl.float32), 1), 0)
-            weights = (scores * decay).to(DOT)
-            dvalues = tl.dot(tl.trans(weights), douts, acc=dvalues, input_precision=INPUT)
-
-            # a_t is in the exponents of all that passes token t.
-            da = tl.cumsum(dexponent, 0, reverse=True) + (tl.cumsum(leaving, 0) - leaving) + kept
-            dstep = da * tl.load(A + head) + tl.sum(dvalues * values32, 1)
-            if HAS_LENGTHS:
-                dstep = tl.where(t < tl.load(lengths + row), dstep, 0.0)
-            tl.store(ddt + (row * length + rows) * heads + head, dstep, mask=real)
-            tl.store(dA + slot.to(tl.int64) * heads + head, tl.sum(da * step, 0))
-            dvalues = dvalues * step[:, None]
-            if HAS_D:
-                dvalues += douts32 * tl.load(D + head)
-                tl.store(dD + slot.to(tl.int64) * heads + head, tl.sum(tl.sum(douts32 * values32, 1), 0))
-            at_x = ((row * length + rows) * heads + head) * head_size
-            tl.store(
-                dx + at_x[:, None] + p[None, :],
-                dvalues.to(dx.dtype.element_ty),
-                mask=real[:, None] & in_head[None, :],
-            )
-        groups = heads // group_heads
-        at_n = (((block * batch + row) * length + rows) * groups + group) * state_size
-        mask_n = real[:, None] & in_state[None, :]
-        tl.store(dB + at_n[:, None] + n[None, :], dkeys.to(dB.dtype.element_ty), mask=mask_n)
-        tl.store(dC + at_n[:, None] + n[None, :], dqueries.to(dC.dtype.element_ty), mask=mask_n)
+            values = (values.to(tl.float32) * (step * out)[:, None]).to(DOT)
+            dkeys = tl.dot(values, gradient, acc=dkeys, input_precision=INPUT)
+        at = (((block * batch + row) * length + rows) * groups + group) * state_size
+        mask = real[:, None] & in_state[None, :]
+        tl.store(dB + at[:, None] + n[None, :], dkeys.to(dB.dtype.element_ty), mask=mask)
+        tl.store(dC + at[:, None] + n[None, :], dqueries.to(dC.dtype.element_ty), mask=mask)
