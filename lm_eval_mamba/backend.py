@@ -23,7 +23,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_mamba.precisions import REQUEST, Precisions, scorers
-from peft_mamba import checkpoints, kernels
+from peft_mamba import checkpoints
+from peft_mamba import kernels as mamba_kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
 from peft_mamba.mixers import mixers_of, use_mixers
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
@@ -65,10 +66,12 @@ class MambaAMP(HFLM):
         device: default CUDA where there is one, else the CPU.
         precisions, reference: for the divergence task groups, which get them from lm-eval as metadata; checked here,
             where no model is loaded yet. They leave other tasks in `dtype`.
+        kernels: which kernels the mixers run, as PEFT_MAMBA_KERNELS: `torch`, or by operation, joined with "+":
+            `selective_scan=mamba_ssm+ssd=triton`. Default: that variable, else the fastest on the device.
         **kwargs: everything else that lm-eval's `hf` backend takes (`batch_size`, `max_length`, …).
 
     Raises:
-        PrecisionError, CheckpointError, AdapterError: before a model is loaded, as far as the files tell.
+        PrecisionError, CheckpointError, AdapterError, KernelError: before a model is loaded, as far as the files tell.
         NonFiniteError: during scoring, when a log-probability is NaN; names the first layer that produced it.
     """
 
@@ -89,12 +92,19 @@ class MambaAMP(HFLM):
         device: str | None = None,
         precisions: str | Sequence[str] | None = None,
         reference: str | None = None,
+        kernels: str | None = None,
         **kwargs: Any,
     ) -> None:
         for name, instead in _REFUSED.items():
             if kwargs.get(name):
                 raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
         self.precision = Precision.parse(dtype, weights_dtype)
+        self._kernels = kernels
+        if kernels is not None:
+            where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            mamba_kernels.select(
+                (torch.device(where) if isinstance(pretrained, str | None) else pretrained.device).type, kernels
+            )
         self._asked = Precisions.parse(precisions, reference) if precisions or reference else None
         if self._asked is not None:
             self._check_fp32_weights()
@@ -143,7 +153,8 @@ class MambaAMP(HFLM):
     def kernel_path(self) -> dict[str, str]:
         """Which kernels the mixers run, and why; `transformers` for models without Mamba mixers."""
         if mixers_of(self.model):
-            return kernels.describe(self.device.type)
+            with mamba_kernels.use(self._kernels):
+                return mamba_kernels.describe(self.device.type)
         return {"kernels": "transformers", "reason": f"{type(self.model).__name__} has no Mamba mixer"}
 
     # loading
@@ -179,7 +190,7 @@ class MambaAMP(HFLM):
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         self._last_input = inps
-        with self.precision.scope(self.device):
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
             return super()._model_call(inps, attn_mask, labels)
 
     def _select_cont_toks(
@@ -198,11 +209,11 @@ class MambaAMP(HFLM):
             return scores
 
         processors = transformers.LogitsProcessorList([refuse_nan])
-        with self.precision.scope(self.device):
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
             return super()._model_generate(context, max_length, stop, logits_processor=processors, **kwargs)
 
     def _nonfinite(self, forward: Any) -> NonFiniteError:
-        with self.precision.scope(self.device):
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
             where = first_nonfinite(self.model, forward)
         hint = ""
         if self.precision.autocast is torch.float16:

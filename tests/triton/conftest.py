@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def device() -> str:
-    """"cuda" where there is a GPU, else "cpu" with the kernels interpreted, which takes small shapes only."""
+    """ "cuda" where there is a GPU, else "cpu" with the kernels interpreted, which takes small shapes only."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():

@@ -25,6 +25,13 @@ MAX_HEAD_SIZE = 128
 # Tokens a chunk, and columns of the state at a time. float32 operands take twice the room.
 CHUNK, CHUNK_FLOAT32 = 64, 32
 STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 64, 32
+# Warps and stages of the pipeline at which the registers suffice, for bfloat16 and for the others.
+LAUNCH = {
+    "states": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "outputs": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "value_gradients": ({"num_warps": 8, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "key_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 8, "num_stages": 1}),
+}
 # A program of `key_gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
 MAX_BLOCK_HEADS, PROGRAMS = 8, 1024
 
@@ -95,9 +102,7 @@ class _Plan(NamedTuple):
 
     def states(self, x: Tensor) -> Tensor:
         dtype = torch.float32 if self.float32 else torch.bfloat16
-        return torch.empty(
-            self.slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device
-        )
+        return torch.empty(self.slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
 
     def table(self, cu_seqlens: Tensor | None) -> Tensor | None:
         if cu_seqlens is None:
@@ -123,8 +128,7 @@ def _states(plan: _Plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlen
         **plan.constants,
         P=p,
         N=n,
-        num_warps=4,
-        num_stages=2,
+        **LAUNCH["states"][plan.float32],
     )
 
 
@@ -146,8 +150,7 @@ class _SSD(torch.autograd.Function):
                 HAS_D=D is not None,
                 **plan.constants,
                 **plan.tile,
-                num_warps=4,
-                num_stages=2,
+                **LAUNCH["outputs"][plan.float32],
             )
         return y, final_state
 
@@ -181,8 +184,7 @@ class _SSD(torch.autograd.Function):
                 **plan.constants,
                 P=p,
                 N=n,
-                num_warps=4,
-                num_stages=2,
+                **LAUNCH["states"][plan.float32],
             )
             table = plan.table(cu_seqlens)
             kernels.value_gradients[(plan.slots * plan.heads,)](
@@ -191,8 +193,7 @@ class _SSD(torch.autograd.Function):
                 HAS_D=D is not None,
                 **plan.constants,
                 **plan.tile,
-                num_warps=4,
-                num_stages=2,
+                **LAUNCH["value_gradients"][plan.float32],
             )
             programs = plan.slots * plan.groups * plan.blocks * triton.cdiv(plan.state_size, plan.tile["N"])
             kernels.key_gradients[(programs,)](
@@ -201,8 +202,7 @@ class _SSD(torch.autograd.Function):
                 *(plan.head_size, plan.state_size, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
                 **plan.constants,
                 **plan.tile,
-                num_warps=4,
-                num_stages=2,
+                **LAUNCH["key_gradients"][plan.float32],
             )
         dB, dC = (partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype) for partial in (dB, dC))
         dD = None if dD is None else dD.sum(0)

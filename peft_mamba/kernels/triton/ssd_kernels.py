@@ -67,7 +67,7 @@ def steps_of(
     real = t < stop
     if HAS_LENGTHS:
         real = real & (t < tl.load(lengths + row))
-    step = tl.load(dt + (row * length + t) * heads + head, mask=real, other=0.0)
+    step = tl.load(dt + (row * length + start) * heads + head + tl.arange(0, Q) * heads, mask=real, other=0.0)
     a = step * (tl.load(A + head) * LOG2E)
     if PRECISE:  # of large sums only differences are used
         a = a.to(tl.float64)
@@ -118,6 +118,7 @@ def states(
     tiles = tl.cdiv(state_size, N)
     p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
     n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    q = tl.arange(0, Q)
     row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
     x += row * x_row + head * x_head
     B += row * b_row + (head // group_heads) * b_group
@@ -129,15 +130,17 @@ def states(
         state += tl.load(initial + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
     for i in range(tl.cdiv(stop - start, Q)):
         first = start + i * Q
-        t = first + tl.arange(0, Q)
+        t = first + q
         if WITH_STATES:
             tl.store(h + ((slot + i) * heads + head) * size + at, state.to(h.dtype.element_ty), mask=inside)
         step, _, _, out, through, _ = steps_of(
             dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
         )
-        rows = t.to(tl.int64)
-        values = load_tile(x, rows, x_token, t < stop, p, head_size).to(tl.float32) * (step * out)[:, None]
-        keys = load_tile(B, rows, b_token, t < stop, n, state_size)
+        here = first.to(tl.int64)
+        values = (
+            load_tile(x + here * x_token, q, x_token, t < stop, p, head_size).to(tl.float32) * (step * out)[:, None]
+        )
+        keys = load_tile(B + here * b_token, q, b_token, t < stop, n, state_size)
         state = tl.dot(tl.trans(values.to(DOT)), keys.to(DOT), acc=state * through, input_precision=INPUT)
     if WITH_FINAL:
         tl.store(final + (sequence.to(tl.int64) * heads + head) * size + at, state, mask=inside)
@@ -157,6 +160,7 @@ def state_gradients(
     tiles = tl.cdiv(state_size, N)
     p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
     n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    q = tl.arange(0, Q)
     row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
     dy += row * y_row + head * y_head
     C += row * c_row + (head // group_heads) * c_group
@@ -170,14 +174,14 @@ def state_gradients(
     for step in range(count):
         i = count - 1 - step
         first = start + i * Q
-        t = first + tl.arange(0, Q)
+        t = first + q
         tl.store(g + ((slot + i) * heads + head) * size + at, gradient.to(g.dtype.element_ty), mask=inside)
         _, _, into, _, through, _ = steps_of(
             dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
         )
-        rows = t.to(tl.int64)
-        values = load_tile(dy, rows, y_token, t < stop, p, head_size).to(tl.float32) * into[:, None]
-        queries = load_tile(C, rows, c_token, t < stop, n, state_size)
+        here = first.to(tl.int64)
+        values = load_tile(dy + here * y_token, q, y_token, t < stop, p, head_size).to(tl.float32) * into[:, None]
+        queries = load_tile(C + here * c_token, q, c_token, t < stop, n, state_size)
         gradient = tl.dot(tl.trans(values.to(DOT)), queries.to(DOT), acc=gradient * through, input_precision=INPUT)
     if WITH_INITIAL:
         tl.store(dinitial + (sequence.to(tl.int64) * heads + head) * size + at, gradient, mask=inside)
@@ -195,19 +199,20 @@ def outputs(
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
-        t = first + tl.arange(0, Q)
-        rows, real = t.to(tl.int64), t < stop
+        q = tl.arange(0, Q)
+        t, here = first + q, first.to(tl.int64)
+        real = t < stop
         p = tl.arange(0, P)
         in_head = p < head_size
-        B += row * b_row + (head // group_heads) * b_group
-        C += row * c_row + (head // group_heads) * c_group
+        B += row * b_row + here * b_token + (head // group_heads) * b_group
+        C += row * c_row + here * c_token + (head // group_heads) * c_group
         h += (slot.to(tl.int64) * heads + head) * head_size * state_size
         scores = tl.zeros([Q, Q], tl.float32)
         sums = tl.zeros([Q, P], tl.float32)
         for k in range(tl.cdiv(state_size, N)):
             n = k * N + tl.arange(0, N)
-            keys = load_tile(B, rows, b_token, real, n, state_size).to(DOT)
-            queries = load_tile(C, rows, c_token, real, n, state_size).to(DOT)
+            keys = load_tile(B, q, b_token, real, n, state_size).to(DOT)
+            queries = load_tile(C, q, c_token, real, n, state_size).to(DOT)
             state = load_tile(h, p, state_size, in_head, n, state_size).to(DOT)
             scores = tl.dot(queries, tl.trans(keys), acc=scores, input_precision=INPUT)
             sums = tl.dot(queries, tl.trans(state), acc=sums, input_precision=INPUT)
@@ -215,12 +220,13 @@ def outputs(
             dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
         )
         weights = scores * decay_between(s, document, HAS_SEQ_IDX, Q) * step[None, :]
-        values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
+        values = load_tile(x + row * x_row + here * x_token + head * x_head, q, x_token, real, p, head_size)
         sums = tl.dot(weights.to(DOT), values.to(DOT), acc=sums * into[:, None], input_precision=INPUT)
         if HAS_D:
             sums += values.to(tl.float32) * tl.load(D + head)
-        at = ((row * length + rows) * heads + head) * head_size
-        tl.store(y + at[:, None] + p[None, :], sums.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
+        y += ((row * length + here) * heads + head) * head_size
+        at = (q * heads * head_size)[:, None] + p[None, :]
+        tl.store(y + at, sums.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
 
 
 @triton.jit
@@ -240,13 +246,13 @@ def value_gradients(
         if HAS_D:
             tl.store(dD + mine, 0.0)
     else:
-        i = tl.arange(0, Q)
-        t = first + i
-        rows, real = t.to(tl.int64), t < stop
+        q = tl.arange(0, Q)
+        t, here = first + q, first.to(tl.int64)
+        real = t < stop
         p = tl.arange(0, P)
         in_head = p < head_size
-        B += row * b_row + (head // group_heads) * b_group
-        C += row * c_row + (head // group_heads) * c_group
+        B += row * b_row + here * b_token + (head // group_heads) * b_group
+        C += row * c_row + here * c_token + (head // group_heads) * c_group
         h += mine * head_size * state_size
         g += mine * head_size * state_size
         scores = tl.zeros([Q, Q], tl.float32)
@@ -255,8 +261,8 @@ def value_gradients(
         both = tl.zeros([P, N], tl.float32)
         for k in range(tl.cdiv(state_size, N)):
             n = k * N + tl.arange(0, N)
-            keys = load_tile(B, rows, b_token, real, n, state_size).to(DOT)
-            queries = load_tile(C, rows, c_token, real, n, state_size).to(DOT)
+            keys = load_tile(B, q, b_token, real, n, state_size).to(DOT)
+            queries = load_tile(C, q, c_token, real, n, state_size).to(DOT)
             state = load_tile(h, p, state_size, in_head, n, state_size)
             gradient = load_tile(g, p, state_size, in_head, n, state_size)
             scores = tl.dot(queries, tl.trans(keys), acc=scores, input_precision=INPUT)
@@ -266,13 +272,13 @@ def value_gradients(
         step, s, into, out, through, document = steps_of(
             dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
         )
-        values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
-        douts = load_tile(dy + row * y_row + head * y_head, rows, y_token, real, p, head_size)
+        values = load_tile(x + row * x_row + here * x_token + head * x_head, q, x_token, real, p, head_size)
+        douts = load_tile(dy + row * y_row + here * y_token + head * y_head, q, y_token, real, p, head_size)
         # What the exponent s_t gets: out of the state before, less what other tokens get of t within the chunk.
         dexponent = into * tl.sum(douts.to(tl.float32) * before, 1)
         scores *= decay_between(s, document, HAS_SEQ_IDX, Q)
         pairs = tl.dot(douts.to(DOT), tl.trans(values.to(DOT)), input_precision=INPUT)
-        pairs = tl.where(i[:, None] > i[None, :], pairs * scores * step[None, :], 0.0)
+        pairs = tl.where(q[:, None] > q[None, :], pairs * scores * step[None, :], 0.0)
         dexponent += tl.sum(pairs, 1) - tl.sum(pairs, 0)
         after *= out[:, None]
         leaving = step * tl.sum(values.to(tl.float32) * after, 1)
@@ -283,14 +289,15 @@ def value_gradients(
         dstep = da * tl.load(A + head) + tl.sum(dvalues * values.to(tl.float32), 1)
         if HAS_LENGTHS:
             dstep = tl.where(t < tl.load(lengths + row), dstep, 0.0)
-        tl.store(ddt + (row * length + rows) * heads + head, dstep, mask=real)
+        tl.store(ddt + (row * length + here) * heads + head + q * heads, dstep, mask=real)
         tl.store(dA + mine, tl.sum(da * step, 0))
         dvalues *= step[:, None]
         if HAS_D:
             dvalues += douts.to(tl.float32) * tl.load(D + head)
             tl.store(dD + mine, tl.sum(tl.sum(douts.to(tl.float32) * values.to(tl.float32), 1), 0))
-        at = ((row * length + rows) * heads + head) * head_size
-        tl.store(dx + at[:, None] + p[None, :], dvalues.to(dx.dtype.element_ty), mask=real[:, None] & in_head[None, :])
+        dx += ((row * length + here) * heads + head) * head_size
+        at = (q * heads * head_size)[:, None] + p[None, :]
+        tl.store(dx + at, dvalues.to(dx.dtype.element_ty), mask=real[:, None] & in_head[None, :])
 
 
 @triton.jit
@@ -310,13 +317,14 @@ def key_gradients(
     group, slot = program % groups, program // groups
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
-        t = first + tl.arange(0, Q)
-        rows, real = t.to(tl.int64), t < stop
+        q = tl.arange(0, Q)
+        t, here = first + q, first.to(tl.int64)
+        real = t < stop
         p = tl.arange(0, P)
         n = tile * N + tl.arange(0, N)
         in_head, in_state = p < head_size, n < state_size
-        keys = load_tile(B + row * b_row + group * b_group, rows, b_token, real, n, state_size).to(DOT)
-        queries = load_tile(C + row * c_row + group * c_group, rows, c_token, real, n, state_size).to(DOT)
+        keys = load_tile(B + row * b_row + here * b_token + group * b_group, q, b_token, real, n, state_size).to(DOT)
+        queries = load_tile(C + row * c_row + here * c_token + group * c_group, q, c_token, real, n, state_size).to(DOT)
         dkeys = tl.zeros([Q, N], tl.float32)
         dqueries = tl.zeros([Q, N], tl.float32)
         begin = group * group_heads + block * block_heads
@@ -324,8 +332,8 @@ def key_gradients(
             step, s, into, out, _, document = steps_of(
                 dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
             )
-            values = load_tile(x + row * x_row + head * x_head, rows, x_token, real, p, head_size)
-            douts = load_tile(dy + row * y_row + head * y_head, rows, y_token, real, p, head_size)
+            values = load_tile(x + row * x_row + here * x_token + head * x_head, q, x_token, real, p, head_size)
+            douts = load_tile(dy + row * y_row + here * y_token + head * y_head, q, y_token, real, p, head_size)
             size = head_size.to(tl.int64) * state_size
             mine = (slot.to(tl.int64) * heads + head) * size
             state = load_tile(h + mine, p, state_size, in_head, n, state_size).to(DOT)
@@ -338,7 +346,8 @@ def key_gradients(
             dkeys = tl.dot(tl.trans(pairs), queries, acc=dkeys, input_precision=INPUT)
             values = (values.to(tl.float32) * (step * out)[:, None]).to(DOT)
             dkeys = tl.dot(values, gradient, acc=dkeys, input_precision=INPUT)
-        at = (((block * batch + row) * length + rows) * groups + group) * state_size
+        base = (((block * batch + row) * length + here) * groups + group) * state_size
+        at = (q * groups * state_size)[:, None] + n[None, :]
         mask = real[:, None] & in_state[None, :]
-        tl.store(dB + at[:, None] + n[None, :], dkeys.to(dB.dtype.element_ty), mask=mask)
-        tl.store(dC + at[:, None] + n[None, :], dqueries.to(dC.dtype.element_ty), mask=mask)
+        tl.store(dB + base + at, dkeys.to(dB.dtype.element_ty), mask=mask)
+        tl.store(dC + base + at, dqueries.to(dC.dtype.element_ty), mask=mask)
