@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl import SFTConfig
 
-from peft_mamba import checkpoints, report
+from peft_mamba import checkpoints, kernels, report
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.packing import packing_support
 from peft_mamba.precision import Precision
@@ -60,6 +60,7 @@ def finetune(
     console = Console(quiet=not process.is_main_process)
     precision = Precision.parse(options["precision"])
     precision.check_device(process.device)
+    kernels.select(process.device.type)  # forced ones that cannot run are refused before a model is loaded
     if options["output"] is None:
         options["output"] = _name_of(options)
     directory = RunDirectory(options["output"])

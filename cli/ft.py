@@ -157,6 +157,11 @@ def _positive(**kwargs: Any) -> Any:
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
+    "--kernels",
+    help="Which kernels the scans and convolutions run: reference, torch, triton, mamba_ssm, or by operation: "
+    "selective_scan=mamba_ssm+ssd=triton. [default: PEFT_MAMBA_KERNELS, else the fastest on the device]",
+)
+@click.option(
     "--eval-steps",
     type=click.IntRange(min=1),
     help="Steps between held-out losses. [default: at the start and at the end]",
@@ -205,10 +210,12 @@ def main(ctx: click.Context, **options: Any) -> None:
         options, sources = _of_the_run(options, sources)
     # Imported now: torch, transformers and TRL take seconds, which --help and a typing error need not wait for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from peft_mamba import kernels
+
     from .errors import explained
     from .finetune import finetune
 
-    with explained(options):
+    with explained(options), kernels.use(options["kernels"]):
         status = finetune(options, sources, resume=resume, dry_run=dry_run, evaluate=evaluate)
     sys.exit(status)
 

@@ -73,6 +73,7 @@ class Settings:
     save_total_limit: int
     report_to: str
     output: str
+    kernels: str | None = None
 
     def as_yaml(self) -> str:
         """The settings as a file for `mamba-ft --config`."""

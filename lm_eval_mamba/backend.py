@@ -23,7 +23,8 @@ from lm_eval.api.registry import register_model
 
 from lm_eval_mamba.precisions import REQUEST, Precisions, scorers
 from lm_eval_mamba.scoring.lm import PrefixTreeLM
-from peft_mamba import checkpoints, kernels
+from peft_mamba import checkpoints
+from peft_mamba import kernels as mamba_kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
 from peft_mamba.mixers import mixers_of, use_mixers
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
@@ -65,6 +66,8 @@ class MambaAMP(PrefixTreeLM):
         device: default CUDA where there is one, else the CPU.
         precisions, reference: for the divergence task groups, which get them from lm-eval as metadata; checked here,
             where no model is loaded yet. They leave other tasks in `dtype`.
+        kernels: which kernels the mixers run, as PEFT_MAMBA_KERNELS: `torch`, or by operation, joined with "+":
+            `selective_scan=mamba_ssm+ssd=triton`. Default: that variable, else the fastest on the device.
         scoring: auto (default): Mamba and Mamba-2 run each prefix that requests share once, other models take HFLM's
             path, padded batches of `batch_size`; plain: all do; tree: an error where that cannot be.
         state_budget: memory for the states of prefixes, in bytes or such as 2GiB; default a share of what is free.
@@ -73,7 +76,8 @@ class MambaAMP(PrefixTreeLM):
         **kwargs: everything else that lm-eval's `hf` backend takes (`batch_size`, `max_length`, …).
 
     Raises:
-        PrecisionError, CheckpointError, AdapterError, ValueError: before a model is loaded, as far as the files tell.
+        PrecisionError, CheckpointError, AdapterError, KernelError, ValueError: before a model is loaded, as far as the
+            files tell.
         NonFiniteError: during scoring, when a log-probability is NaN; names the first layer that produced it.
     """
 
@@ -97,6 +101,7 @@ class MambaAMP(PrefixTreeLM):
         scoring: str = "auto",
         state_budget: str | int | None = None,
         batch_tokens: int | None = None,
+        kernels: str | None = None,
         **kwargs: Any,
     ) -> None:
         self._set_scoring(scoring, state_budget, batch_tokens)
@@ -104,6 +109,12 @@ class MambaAMP(PrefixTreeLM):
             if kwargs.get(name):
                 raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
         self.precision = Precision.parse(dtype, weights_dtype)
+        self._kernels = kernels
+        if kernels is not None:
+            where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            mamba_kernels.select(
+                (torch.device(where) if isinstance(pretrained, str | None) else pretrained.device).type, kernels
+            )
         self._asked = Precisions.parse(precisions, reference) if precisions or reference else None
         if self._asked is not None:
             self._check_fp32_weights()
@@ -155,7 +166,8 @@ class MambaAMP(PrefixTreeLM):
     def kernel_path(self) -> dict[str, str]:
         """Which kernels the mixers run, and why; `transformers` for models without Mamba mixers."""
         if mixers_of(self.model):
-            return kernels.describe(self.device.type)
+            with mamba_kernels.use(self._kernels):
+                return mamba_kernels.describe(self.device.type)
         return {"kernels": "transformers", "reason": f"{type(self.model).__name__} has no Mamba mixer"}
 
     # loading
@@ -191,7 +203,7 @@ class MambaAMP(PrefixTreeLM):
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         self._last_input = inps
-        with self.precision.scope(self.device):
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
             return super()._model_call(inps, attn_mask, labels)
 
     def _select_cont_toks(
@@ -210,11 +222,11 @@ class MambaAMP(PrefixTreeLM):
             return scores
 
         processors = transformers.LogitsProcessorList([refuse_nan])
-        with self.precision.scope(self.device):
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
             return super()._model_generate(context, max_length, stop, logits_processor=processors, **kwargs)
 
     def _nonfinite(self, forward: Any) -> NonFiniteError:
-        with self.precision.scope(self.device):
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
             where = first_nonfinite(self.model, forward)
         hint = ""
         if self.precision.autocast is torch.float16:

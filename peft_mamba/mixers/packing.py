@@ -24,7 +24,6 @@ from .state import CachedMixer, PackedRows, laid_end_to_end
 
 Tensor = torch.Tensor
 
-OPERATIONS = ("selective_scan", "ssd", "causal_conv1d")
 MODELS = (
     modeling_mamba.MambaForCausalLM,
     modeling_mamba.MambaModel,
@@ -51,7 +50,7 @@ def packing_support(model: nn.Module, device: str | None = None) -> str | None:
             chosen = kernels.select(kind)
         except kernels.KernelError as error:
             return str(error)
-        for operation in OPERATIONS:
+        for operation in kernels.OPERATIONS:
             if "seq_idx" not in inspect.signature(getattr(chosen, operation)).parameters:
                 return (
                     f"The {chosen.name} kernels for {kind} cannot keep packed documents apart: {operation} mixes them."

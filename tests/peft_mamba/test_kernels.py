@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,26 +194,114 @@ def test_convolution_is_torchs_with_the_earlier_inputs_in_front():
         reference.causal_conv1d(x, weight, activation="gelu")
 
 
-class TestChoice:
-    def test_a_cpu_gets_torch(self, monkeypatch):
-        monkeypatch.delenv(kernels.ENVIRONMENT_VARIABLE, raising=False)
-        assert kernels.select("cpu").name == "torch"
-        assert kernels.describe("cpu") == {"kernels": "torch", "reason": "the fastest here for cpu"}
+@pytest.fixture
+def choice(monkeypatch):
+    """The choice of kernels, without what was found out before and without what the environment forces."""
+    monkeypatch.delenv(kernels.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    caches = (kernels.choice._load, kernels.choice._warn, kernels.choice._select)
+    for cache in caches:
+        cache.cache_clear()
+    yield kernels.choice
+    for cache in caches:
+        cache.cache_clear()
 
-    def test_the_environment_forces_one(self, monkeypatch):
+
+@pytest.fixture
+def installed(choice, monkeypatch):
+    """Pretend that implementations import, or fail to with a reason: installed(triton="", mamba_ssm="broken")."""
+
+    def pretend(**problems):
+        load = choice._load
+
+        def pretended(name, operation):
+            if name not in problems or operation not in choice.IMPLEMENTATIONS[name]:
+                return load(name, operation)
+            return (None, problems[name]) if problems[name] else (lambda *args, **kwargs: name, "")
+
+        monkeypatch.setattr(choice, "_load", pretended)
+        choice._select.cache_clear()
+
+    return pretend
+
+
+class TestChoice:
+    def test_a_cpu_gets_torch(self, choice):
+        assert kernels.select("cpu").name == "torch"
+        assert kernels.describe("cpu") == {
+            "kernels": "torch",
+            "reason": "the fastest here for cpu",
+            **dict.fromkeys(kernels.OPERATIONS, "torch"),
+        }
+
+    def test_cuda_gets_the_first_of_each_row_that_runs(self, choice, installed, monkeypatch):
+        monkeypatch.setitem(choice.PREFERRED_ON_CUDA, "ssd", ("triton", "mamba_ssm"))
+        monkeypatch.setitem(choice.PREFERRED_ON_CUDA, "causal_conv1d", ("mamba_ssm", "triton"))
+        installed(triton="", mamba_ssm="")
+        chosen = kernels.select("cuda")
+        assert chosen.ssd() == "triton" and chosen.causal_conv1d() == "mamba_ssm"
+        assert "ssd=triton,causal_conv1d=mamba_ssm" in chosen.name
+        installed(triton="", mamba_ssm="mamba-ssm is not installed")
+        chosen = kernels.select("cuda")
+        assert chosen.causal_conv1d() == "triton"
+        assert chosen.paths["causal_conv1d"] == "triton (mamba_ssm: mamba-ssm is not installed)"
+        installed(triton="no libcuda", mamba_ssm="broken")
+        assert kernels.select("cuda").name == "torch" and "no libcuda" in kernels.describe("cuda")["reason"]
+
+    def test_the_environment_forces_one(self, choice, monkeypatch):
         monkeypatch.setenv(kernels.ENVIRONMENT_VARIABLE, "reference")
         assert kernels.select("cpu").name == "reference"
         assert kernels.describe("cpu")["reason"] == "asked for by name"
 
-    def test_what_was_forced_is_never_replaced(self, monkeypatch):
+    def test_by_operation_and_by_context(self, choice, monkeypatch):
+        monkeypatch.setenv(kernels.ENVIRONMENT_VARIABLE, "selective_scan=reference,torch")
+        chosen = kernels.select("cpu")
+        assert chosen.selective_scan is reference.selective_scan and chosen.ssd is chunked.ssd
+        assert kernels.select("cpu", chosen.name).paths == chosen.paths  # what is shown can be asked for
+        with kernels.use("ssd=reference"):
+            assert kernels.select("cpu").paths == {
+                "selective_scan": "torch (the fastest here for cpu)",
+                "ssd": "reference (asked for by name)",
+                "causal_conv1d": "torch (the fastest here for cpu)",
+            }
+            with kernels.use(None):
+                assert kernels.select("cpu").ssd is reference.ssd
+        assert kernels.select("cpu").selective_scan is reference.selective_scan
+
+    def test_backward_of_another_thread_sees_the_context(self, choice):
+        """Gradient checkpointing runs the forward again in a thread of autograd."""
+        with kernels.use("reference"), ThreadPoolExecutor() as pool:
+            assert pool.submit(lambda: kernels.select("cpu").name).result() == "reference"
+
+    def test_an_operation_that_the_forced_kernels_lack(self, choice, installed, monkeypatch):
+        monkeypatch.setitem(choice.IMPLEMENTATIONS, "triton", {"ssd": "triton.ssd"})
+        installed(triton="", mamba_ssm="")
+        chosen = kernels.select("cuda", "triton")
+        assert chosen.ssd() == "triton" and chosen.causal_conv1d() == "mamba_ssm"
+        assert chosen.paths["causal_conv1d"] == "mamba_ssm (triton has no causal_conv1d)"
+        with pytest.raises(KernelError, match="'triton' have no causal_conv1d"):
+            kernels.select("cuda", "causal_conv1d=triton")
+
+    def test_what_was_forced_is_never_replaced(self, choice, monkeypatch):
         with pytest.raises(KernelError, match="mamba_ssm.*runs on cuda, not on cpu"):
             kernels.select("cpu", "mamba_ssm")
+        with pytest.raises(KernelError, match="triton.*ssd.*runs on cuda, not on cpu"):
+            kernels.select("cpu", "ssd=triton")
+        for wrong, said in (
+            ("scan=torch", "'scan'"),
+            ("torch,reference", "twice"),
+            ("ssd=torch,ssd=torch", "ssd twice"),
+        ):
+            with pytest.raises(KernelError, match=said):
+                kernels.select("cpu", wrong)
+        with pytest.raises(KernelError, match="'nonsense'"), kernels.use("nonsense"):
+            pass
         monkeypatch.setenv(kernels.ENVIRONMENT_VARIABLE, "cuda")
-        with pytest.raises(KernelError, match=r"'cuda'.*\['reference', 'torch', 'mamba_ssm'\]"):
+        with pytest.raises(KernelError, match=r"'cuda'.*\['reference', 'torch', 'triton', 'mamba_ssm'\]"):
             kernels.select("cpu")
         assert "'cuda'" in kernels.describe("cpu")["reason"]
 
-    def test_a_broken_installation_is_said(self, monkeypatch, tmp_path, caplog):
+    def test_a_broken_installation_is_said_once(self, choice, monkeypatch, tmp_path, caplog):
         """A mamba_ssm that is there and does not import, as with an extension built for another torch."""
         package = tmp_path / "mamba_ssm"
         package.mkdir()
@@ -221,15 +310,8 @@ class TestChoice:
         for module in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.delitem(sys.modules, "peft_mamba.kernels.mamba_ssm", raising=False)
-        monkeypatch.delenv(kernels.ENVIRONMENT_VARIABLE, raising=False)
-        kernels._load.cache_clear()
-        kernels._select.cache_clear()
-        try:
-            with caplog.at_level(logging.WARNING):
-                assert kernels.select("cuda").name == "torch"
-            assert "undefined symbol" in caplog.text
-            assert "undefined symbol" in kernels.describe("cuda")["reason"]
-            assert "undefined symbol" in kernels.available("cuda")["mamba_ssm"]
-        finally:
-            kernels._load.cache_clear()
-            kernels._select.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            assert "mamba_ssm" not in kernels.select("cuda").name
+        assert caplog.text.count("undefined symbol") == 1
+        assert "undefined symbol" in kernels.describe("cuda")["reason"]
+        assert "undefined symbol" in kernels.available("cuda")["mamba_ssm"]

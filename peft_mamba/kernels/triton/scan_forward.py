@@ -1,4 +1,4 @@
-"""The selective scan forward: one pass over the tokens, with a checkpoint of the state every CK of them for backward."""
+"""The selective scan forward: one pass, with a checkpoint of the state every CK tokens for backward."""
 
 import triton
 import triton.language as tl
