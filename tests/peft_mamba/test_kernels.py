@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_mamba import kernels
-from peft_mamba.kernels import KernelError, chunked, reference
+from peft_mamba.kernels import KernelError, chunked, reference, scan
 
 from .tiny import relative_rms
 
@@ -85,7 +85,8 @@ def test_chunked_selective_scan_is_the_reference(rows, channels, states, step):
     described = describe_rows(rows)
     expected = outputs_and_gradients(reference.selective_scan, inputs, **described)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "SCAN_BUFFER", step * rows["batch"] * channels * states)
+        patch.setattr(scan, "SCAN_BUFFER", step * rows["batch"] * channels * states)
+        patch.setattr(scan, "PART_CHANNELS", 1)
         actual = outputs_and_gradients(chunked.selective_scan, inputs, **described)
     assert_same(actual, expected, 1e-12)
 
