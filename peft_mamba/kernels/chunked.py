@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
+from .convolution import causal_conv1d
 from .reference import (
     Tensor,
     accumulator_dtype,
-    causal_conv1d,
     first_of_document,
     skip_and_gate,
     step_size,
@@ -64,7 +65,16 @@ def selective_scan(
     h = x.new_zeros(len(x), *A.shape) if initial_state is None else initial_state.to(dtype)
     schedule = Schedule.of(*x.shape[:2], first_of_document(seq_idx))
     y, final_state = Scan.apply(dt, x, A.to(dtype), B.to(dtype), C.to(dtype), h, schedule)
-    return skip_and_gate(y, x, D, z).to(u.dtype), final_state if return_final_state else None
+    # Without gradients in place: the scan's output is nobody else's.
+    y = skip_and_gate(y, x, D, z) if torch.is_grad_enabled() else _skip_and_gate_(y, x, D, z)
+    return y.to(u.dtype), final_state if return_final_state else None
+
+
+def _skip_and_gate_(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """`skip_and_gate` that overwrites y, and gives a result with the tokens of a row side by side in memory."""
+    if D is not None:
+        y.addcmul_(x, D.to(y.dtype))
+    return y.contiguous() if z is None else F.silu(z.to(y.dtype)).mul_(y)
 
 
 @_without_autocast
