@@ -42,9 +42,7 @@ def seconds(model: torch.nn.Module, tokens: torch.Tensor, training: bool) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--training", action="store_true", help="time forward, loss and backward, not the forward alone"
-    )
+    parser.add_argument("--training", action="store_true", help="time forward, loss and backward")
     parser.add_argument("--model", choices=CONFIGS, action="append", help="default: both, one after the other")
     parser.add_argument("--turns", type=int, default=9)
     arguments = parser.parse_args()

@@ -1,13 +1,17 @@
 """The same operations in PyTorch alone, fast enough to train with: chunks of time, never (B, L, D, N) at once.
 
-Within a chunk everything but the recurrence itself is one tensor operation, and the recurrence is one fused
-multiply-add a step, in place. Backward keeps one state a chunk and recomputes the rest. Runs on any device and needs
-nothing but PyTorch; shapes and meanings are those of `reference`.
+Runs on any device and needs nothing but PyTorch; shapes and meanings are those of `reference`. The parts of Mamba-1's
+scan and the convolution are in `scan` and `convolution`.
+
+Sequences of different lengths in a packed row run side by side, the longest first, without padding: `selective_scan`
+takes at each step the tokens of those that are as long (see `schedule`), `ssd` takes pieces of about the same length
+together.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,7 @@ from .convolution import causal_conv1d
 from .reference import (
     Tensor,
     accumulator_dtype,
+    check_packed,
     first_of_document,
     skip_and_gate,
     step_size,
@@ -56,18 +61,23 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`, chunk by chunk. First derivatives only."""
     dtype = accumulator_dtype(u)
     dt = step_size(delta, delta_bias, lengths)
     x = u.to(dtype)
-    h = x.new_zeros(len(x), *A.shape) if initial_state is None else initial_state.to(dtype)
-    schedule = Schedule.of(*x.shape[:2], first_of_document(seq_idx))
-    y, final_state = Scan.apply(dt, x, A.to(dtype), B.to(dtype), C.to(dtype), h, schedule)
+    if cu_seqlens is not None:
+        check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
+        schedule = Schedule.packed(cu_seqlens)
+    else:
+        schedule = Schedule.of(*x.shape[:2], first_of_document(seq_idx))
+    h = x.new_zeros(schedule.states, *A.shape) if initial_state is None else initial_state.to(dtype)
+    y, h = Scan.apply(dt, x, A.to(dtype), B.to(dtype), C.to(dtype), h, schedule)
     # Without gradients in place: the scan's output is nobody else's.
     y = skip_and_gate(y, x, D, z) if torch.is_grad_enabled() else _skip_and_gate_(y, x, D, z)
-    return y.to(u.dtype), final_state if return_final_state else None
+    return y.to(u.dtype), h if return_final_state else None
 
 
 def _skip_and_gate_(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -89,48 +99,107 @@ def ssd(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd` in the block form of 2405.21060, section 6: attention within a chunk, a state between chunks."""
     dtype = accumulator_dtype(x)
     dt = zero_padding(dt.to(dtype), lengths)
     u = x.to(dtype)
-    batch, length, heads, _ = u.shape
-    groups = B.shape[2]
-    values, exponent = u * dt[..., None], dt * A.to(dtype)
+    batch, length = u.shape[:2]
+    if cu_seqlens is not None:
+        batch = check_packed(x, cu_seqlens, initial_state, lengths, seq_idx)
     B, C = B.to(dtype), C.to(dtype)
+    values, exponent = u * dt[..., None], dt * A.to(dtype)
     h = u.new_zeros(batch, *u.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(dtype)
-    starts = first_of_document(seq_idx)
-    documents = None if starts is None else starts.cumsum(1)
-    outputs = []
-    for start in range(0, length, SSD_CHUNK):
-        chunk = slice(start, min(start + SSD_CHUNK, length))
-        a, v = exponent[:, chunk].transpose(1, 2), values[:, chunk]  # (B, H, T), (B, T, H, P)
-        Bc, Cc = (t[:, chunk].repeat_interleave(heads // groups, dim=2) for t in (B, C))
-        decay = torch.exp(_segment_sums(a))  # (B, H, T, T): from just after token s to token t, zero above the diagonal
-        into = torch.exp(a.cumsum(-1))  # (B, H, T): from before the chunk to token t
-        if documents is not None:
-            here = documents[:, chunk]
-            before = documents[:, max(start - 1, 0), None]
-            decay = decay * (here[:, None, :, None] == here[:, None, None, :])
-            into = into * (here == before)[:, None]
-        scores = torch.einsum("bthn,bshn->bhts", Cc, Bc) * decay
-        y = torch.einsum("bhts,bshp->bthp", scores, v)
-        outputs.append(y + torch.einsum("bthn,bhpn,bht->bthp", Cc, h, into))
-        h = into[:, :, -1, None, None] * h + torch.einsum("bhs,bshn,bshp->bhpn", decay[:, :, -1], Bc, v)
-    y = torch.cat(outputs, dim=1) if outputs else u
+    if cu_seqlens is not None:
+        y, h = _packed_ssd(values[0], exponent[0], B[0], C[0], h, cu_seqlens)
+    else:
+        starts = first_of_document(seq_idx)
+        documents = None if starts is None else starts.cumsum(1)
+        outputs = []
+        for start in range(0, length, SSD_CHUNK):
+            chunk = slice(start, min(start + SSD_CHUNK, length))
+            here = before = None
+            if documents is not None:
+                here, before = documents[:, chunk], documents[:, max(start - 1, 0), None]
+            y, h = _ssd_chunk(values[:, chunk], exponent[:, chunk], B[:, chunk], C[:, chunk], h, here, before)
+            outputs.append(y)
+        y = torch.cat(outputs, dim=1) if outputs else u
     if D is not None:
         y = y + u * D.to(dtype)[:, None]
     return y.to(x.dtype), h if return_final_state else None
 
 
-def _segment_sums(a: Tensor) -> Tensor:
-    """(..., T) to (..., T, T): the sum of a over s+1 .. t, -inf where s > t.
+def _ssd_chunk(
+    v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, here: Tensor | None = None, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and final state of one chunk: v = dt·x (B, T, H, P), a = dt·A (B, T, H), B, C (B, T, G, N), h before it.
 
-    Sums each segment by itself: a difference of two cumulative sums would cancel where both are large.
+    here, before: the documents of its tokens (B, T) and of the token before it (B, 1).
     """
-    size = a.shape[-1]
-    lower = torch.ones(size, size, dtype=torch.bool, device=a.device).tril()
-    strictly_lower = lower.tril(-1)
-    sums = a[..., None].expand(*a.shape, size).masked_fill(~strictly_lower, 0.0).cumsum(-2)
-    return sums.masked_fill(~lower, -torch.inf)
+    batch, length, heads, channels = v.shape
+    groups, states = B.shape[2:]
+    sums = _cumulative(a.transpose(1, 2))
+    decay = _between(sums, v.dtype)  # (B, H, T, T): from just after token s to token t, zero above the diagonal
+    into = torch.exp2(sums).to(v.dtype)  # (B, H, T): from before the chunk to token t
+    if here is not None:
+        decay = decay * (here[:, None, :, None] == here[:, None, None, :])
+        into = into * (here == before)[:, None]
+    # Heads of a group share B and C: one product for all of them, (B, G, T, N) with (B, G, N, heads · P).
+    B, C = B.transpose(1, 2), C.transpose(1, 2)
+    scores = (C @ B.mT)[:, :, None] * decay.unflatten(1, (groups, -1))
+    within = scores.flatten(1, 2) @ v.transpose(1, 2)
+    h_rows = h.reshape(batch, groups, -1, states)
+    carried = (C @ h_rows.mT).unflatten(-1, (-1, channels)).transpose(1, 2).reshape(batch, length, heads, channels)
+    y = torch.addcmul(within.transpose(1, 2), carried, into.transpose(1, 2)[..., None])
+    remaining = (v * decay[:, :, -1].transpose(1, 2)[..., None]).reshape(batch, length, groups, -1).transpose(1, 2)
+    added = (remaining.mT @ B).view(batch, heads, channels, states)
+    return y, torch.addcmul(added, h, into[:, :, -1, None, None])
+
+
+def _packed_ssd(v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The chunks of all sequences that are at the same place in theirs, side by side; arguments have no batch."""
+    lengths = cu_seqlens.diff().long()
+    order = torch.argsort(lengths, descending=True, stable=True)
+    sizes, first = lengths[order].tolist(), cu_seqlens[:-1].long()[order]
+    h = h[order]
+    outputs, tokens = [], []
+    for start in range(0, max(sizes, default=0), SSD_CHUNK):
+        states, row = [], 0
+        while row < len(sizes) and (left := sizes[row] - start) > 0:
+            # Together with those that are at least three quarters as long, which bounds the padding.
+            width = min(left, SSD_CHUNK)
+            stop = next((i for i in range(row, len(sizes)) if 4 * (sizes[i] - start) < 3 * width), len(sizes))
+            time = torch.arange(width, device=v.device)
+            real = (lengths[order[row:stop]] - start)[:, None] > time
+            # Padding repeats the sequence's own last token; no step is made there.
+            at = torch.minimum(first[row:stop, None] + start + time, (first + lengths[order] - 1)[row:stop, None])
+            y, state = _ssd_chunk(v[at] * real[..., None, None], a[at] * real[..., None], B[at], C[at], h[row:stop])
+            outputs.append(y[real])
+            tokens.append(at[real])
+            states.append(state)
+            row = stop
+        h = torch.cat([*states, h[row:]])
+    y = torch.cat(outputs)[_inverse(torch.cat(tokens))] if outputs else v
+    return y[None], h[_inverse(order)]
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    positions = torch.arange(len(permutation), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, positions)
+
+
+def _cumulative(a: Tensor) -> Tensor:
+    """(..., T): sums of a over 0 .. t, in powers of two, for exp2, which on a CPU is faster than exp.
+
+    In float64, wherever a device has it: the difference of two sums would cancel in float32 where both are large.
+    """
+    a = a if a.device.type == "mps" else a.double()
+    return a.cumsum(-1) * math.log2(math.e)
+
+
+def _between(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., T) to (..., T, T): exp2 of the sum over s+1 .. t, 0 where s > t."""
+    future = torch.full((sums.shape[-1],) * 2, -torch.inf, dtype=dtype, device=sums.device).triu(1)
+    return torch.sub(sums[..., :, None], sums[..., None, :]).to(dtype).add_(future).exp2_()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .reference import accumulator_dtype
+from .reference import accumulator_dtype, check_packed
 
 Tensor = torch.Tensor
 
@@ -23,10 +23,15 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`reference.causal_conv1d`, tap by tap. First derivatives only."""
     if activation not in ("silu", None):
         raise ValueError(f"activation is 'silu' or None, not {activation!r}")
+    if cu_seqlens is not None:
+        check_packed(x, cu_seqlens, initial_state, seq_idx=seq_idx)
+        inputs, tokens = _with_earlier_inputs(x[0], initial_state, weight.shape[1] - 1, cu_seqlens)
+        return causal_conv1d(inputs[None], weight, bias, activation=activation)[:, tokens]
     return _Convolution.apply(x, weight, bias, initial_state, activation, seq_idx)
 
 
@@ -71,6 +76,22 @@ class _Convolution(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _with_earlier_inputs(x: Tensor, before: Tensor | None, reach: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """x (L, D) with each sequence's `reach` earlier inputs (zero where None) in front of it, and where x's tokens are.
+
+    No tap of a token then reaches into another sequence.
+    """
+    sizes = cu_seqlens.diff().long()
+    sequences = torch.arange(len(sizes), device=x.device)
+    begin = cu_seqlens[:-1].long() + sequences * reach
+    tokens = torch.arange(len(x), device=x.device) + (torch.repeat_interleave(sizes) + 1) * reach
+    earlier = (begin[:, None] + torch.arange(reach, device=x.device)).flatten()
+    source = torch.empty(len(tokens) + len(earlier), dtype=torch.long, device=x.device)
+    source[torch.cat([tokens, earlier])] = torch.arange(len(source), device=x.device)
+    states = x.new_zeros(len(earlier), x.shape[1]) if before is None else before.flatten(0, 1).to(x.dtype)
+    return torch.cat([x, states]).index_select(0, source), tokens
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, seq_idx: Tensor | None) -> Tensor:

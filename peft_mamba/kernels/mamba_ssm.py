@@ -2,11 +2,11 @@
 
 What they cannot do goes to `chunked`, call by call, so that a result never depends on which of them ran:
 
-    selective_scan   a state that needs a gradient, seq_idx, float64: selective_scan_fn has none of these
-    ssd              single tokens, which it pads to a chunk; float64; and float32 unless TF32 is allowed, since its
-                     Triton kernels multiply float32 in TF32
-    causal_conv1d    seq_idx together with an initial state, widths other than 2 to 4, channel counts that are no
-                     multiple of 8, float64, or no causal-conv1d
+    selective_scan   a state that needs a gradient, seq_idx, cu_seqlens, float64: selective_scan_fn has none of these
+    ssd              cu_seqlens; single tokens, which it pads to a chunk; float64; and float32 unless TF32 is allowed,
+                     since its Triton kernels multiply float32 in TF32
+    causal_conv1d    cu_seqlens, seq_idx together with an initial state, widths other than 2 to 4, channel counts that
+                     are no multiple of 8, float64, or no causal-conv1d
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`; u, delta, B, C and z are taken in u's dtype, the rest in float32."""
     stateful = initial_state is not None or return_final_state
     with_gradient = _needs_grad(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if seq_idx is not None or u.dtype == torch.float64 or u.shape[1] == 0 or (stateful and with_gradient):
+    apart = seq_idx is not None or cu_seqlens is not None
+    if apart or u.dtype == torch.float64 or u.shape[1] == 0 or (stateful and with_gradient):
         return chunked.selective_scan(
             u,
             delta,
@@ -78,6 +80,7 @@ def selective_scan(
             initial_state=initial_state,
             lengths=lengths,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
         )
     delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
@@ -134,11 +137,12 @@ def ssd(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd` through mamba-ssm's Triton kernels, gradients of both states included."""
     too_coarse = x.dtype == torch.float32 and not (FLOAT32_EXACT or torch.backends.cuda.matmul.allow_tf32)
-    if too_coarse or x.dtype == torch.float64 or x.shape[1] <= 1:
+    if too_coarse or cu_seqlens is not None or x.dtype == torch.float64 or x.shape[1] <= 1:
         return chunked.ssd(
             x,
             dt,
@@ -149,6 +153,7 @@ def ssd(
             initial_state=initial_state,
             lengths=lengths,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
         )
     result = mamba_chunk_scan_combined(
@@ -174,10 +179,12 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`reference.causal_conv1d` through causal-conv1d, channel-last."""
     unsupported = (
         causal_conv1d_fn is None
+        or cu_seqlens is not None
         or (seq_idx is not None and initial_state is not None)
         or weight.shape[1] not in (2, 3, 4)
         or x.shape[1] == 0
@@ -186,7 +193,11 @@ def causal_conv1d(
     )
     if unsupported:
         return chunked.causal_conv1d(
-            x, weight, bias, activation=activation, initial_state=initial_state, seq_idx=seq_idx
+            *(x, weight, bias),
+            activation=activation,
+            initial_state=initial_state,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
         )
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
         x = x.contiguous()

@@ -2,9 +2,9 @@
 
 What decides its speed on a CPU, measured:
 
-- Channels are innermost, so that every operation runs along vectors, whatever N is; with N innermost, broadcasting Δ over
-  it is a loop over 16 elements.
-- The exponential is 2^(Δ·A·log₂e): PyTorch takes exp from MKL, which on processors of another make is five times as slow.
+- Channels are innermost, so that every operation runs along vectors, whatever N is; with N innermost, broadcasting Δ
+  over it is a loop over 16 elements.
+- The exponential is 2^(Δ·A·log₂e): PyTorch takes exp from MKL, which on an AMD processor took five times as long.
 - A chunk and the state stay in the cores' caches, and each core keeps to the channels that it has there: buffers are
   (parts, places, N, D / parts), which PyTorch splits among its threads at the parts, in each operation alike.
 """
@@ -59,13 +59,13 @@ class _Layout:
         return h.permute(1, 0, 3, 2).reshape(-1, self.parts * self.width, self.state_size)
 
     def place(self, h: Tensor, sequences: Tensor | None) -> Tensor:
-        """States (B, D, N) of the rows at these sequences, zero elsewhere, split into parts."""
+        """States (·, D, N) of these sequences, zero for all others, split into parts."""
         if sequences is not None:
             h = h.new_zeros(self.schedule.sequences, *h.shape[1:]).index_copy_(0, sequences, h)
         return self.states_in(h)
 
     def buffer(self, number: int, places: int) -> Tensor:
-        """(parts, places, N, width), contiguous. Taken once a scan: fresh pages for each chunk cost as much as its sums."""
+        """(parts, places, N, width), contiguous; taken once a scan, as fresh pages cost as much as a chunk's sums."""
         shape = (self.parts, places, self.state_size, self.width)
         if number not in self._memory:
             self._memory[number] = self.A.new_empty(self.A.numel() * self._longest)
@@ -87,9 +87,9 @@ class _Layout:
 class Scan(torch.autograd.Function):
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t, with the gradient of every input and of both states.
 
-    Shapes: dt, x (B, L, D), A (D, N), B, C (B, L, N), h (B, D, N), all of one dtype; the schedule is one for (B, L).
-    Returns y (B, L, D) and the state after each row, (B, D, N). Keeps one state a chunk for backward, which recomputes
-    the rest; keeps nothing where no gradient is wanted. First derivatives only.
+    Shapes: dt, x (B, L, D), A (D, N), B, C (B, L, N), h (schedule.states, D, N), all of one dtype; the schedule is one
+    for (B, L). Returns y (B, L, D) and the final states, of h's shape. Keeps one state a chunk for backward, which
+    recomputes the rest; keeps nothing where no gradient is wanted. First derivatives only.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ def _gradients(ctx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         values = dt_c * x_c
         decay, states = layout.run(dt_c, values, B_c, before, counts)
         dC[places] = (states @ dy_c[..., None]).squeeze(-1).sum(0)
-        # G_t = dL/dh_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}, and dL/d(Δ_t A) = exp(Δ_t A) G_t h_{t-1} in place of the decay.
+        # G_t = dL/dh_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}; dL/d(Δ_t A) = exp(Δ_t A) G_t h_{t-1} in place of the decay.
         G = torch.mul(dy_c[:, :, None], C_c[:, :, None], out=layout.buffer(2, len(B_c)))
         earlier = [before, *states.split(counts, 1)[:-1]]
         for count, G_t, factor, h in reversed(
@@ -169,8 +169,7 @@ def _gradients(ctx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.needs_input_grad[2]:
             dA += decay.mul_(dt_c[:, :, None]).sum(1, keepdim=True)
     rows = [schedule.scatter(t, *x.shape[:2]) for t in (d_dt, dx, dB, dC)]
+    later = torch.cat([later, d_final[:, later.shape[1] :]], dim=1)  # sequences without tokens hand it on
     if schedule.first is not None:
         later = later[:, schedule.first]
-    elif not layout.chunks:
-        later = d_final
     return rows[0], rows[1], layout.states_out(dA)[0], rows[2], rows[3], layout.states_out(later)

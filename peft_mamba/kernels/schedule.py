@@ -20,9 +20,9 @@ class Schedule:
     counts: how many sequences have a token at each step, never rising; they sum to R.
     order: (R,) the token, counted through all rows, of each place: step by step, long sequences first. None: the rows
         themselves are the sequences, so the places are the tokens with time in front.
-    first: (B,) the sequence, long ones first, that each row starts with; it goes on from the row's initial state.
-    last: (B,) the one that each row ends with; its final state is the row's. Both None where order is.
-    sequences: S.
+    first: for each state that goes in, the sequence that starts from it, counted from the longest.
+    last: for each state that comes out, the sequence that ends in it. Both None where order is.
+    sequences: S. states: how many go in and come out: one a row, or, of a packed row, one a sequence.
     """
 
     counts: list[int]
@@ -30,27 +30,26 @@ class Schedule:
     first: Tensor | None
     last: Tensor | None
     sequences: int
+    states: int
 
     @classmethod
     def of(cls, batch: int, length: int, starts: Tensor | None) -> Schedule:
         """For rows (batch, length); `starts`, of that shape, is True where a token starts a new document in its row."""
         if starts is None or not length or not bool(starts.any()):
-            return cls([batch] * length, None, None, None, batch)
+            return cls([batch] * length, None, None, None, batch, batch)
         starts = starts.clone()
         starts[:, 0] = True
         flat = starts.flatten()
         begin = flat.nonzero()[:, 0]
-        sizes = torch.diff(begin, append=begin.new_tensor([flat.numel()]))
-        rank = torch.empty_like(begin)
-        rank[sizes.argsort(descending=True, stable=True)] = torch.arange(len(begin), device=begin.device)
-        sequence = flat.cumsum(0) - 1
-        step = torch.arange(flat.numel(), device=begin.device) - begin[sequence]
-        counts = torch.bincount(step)
-        places = counts.cumsum(0)[step] - counts[step] + rank[sequence]
-        order = torch.empty_like(places)
-        order[places] = torch.arange(len(places), device=places.device)
-        ends = sequence.view(batch, length)
-        return cls(counts.tolist(), order, rank[ends[:, 0]], rank[ends[:, -1]], len(begin))
+        counts, order, rank = _side_by_side(torch.diff(begin, append=begin.new_tensor([flat.numel()])))
+        ends = (flat.cumsum(0) - 1).view(batch, length)
+        return cls(counts, order, rank[ends[:, 0]], rank[ends[:, -1]], len(begin), batch)
+
+    @classmethod
+    def packed(cls, cu_seqlens: Tensor) -> Schedule:
+        """For one row of sequences laid end to end, each with states of its own; see `reference`."""
+        counts, order, rank = _side_by_side(cu_seqlens.diff().long())
+        return cls(counts, order, rank, rank, len(rank), len(rank))
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, L, F) to (R, F), in the order of the places; contiguous."""
@@ -76,3 +75,18 @@ class Schedule:
             chunks[-1][1].append(count)
             held += count
         return chunks
+
+
+def _side_by_side(sizes: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """Counts and order for sequences of these sizes (S,), some perhaps 0, and each one's rank from long to short."""
+    device = sizes.device
+    rank = torch.empty_like(sizes)
+    rank[sizes.argsort(descending=True, stable=True)] = torch.arange(len(sizes), device=device)
+    sequence = torch.repeat_interleave(sizes)
+    tokens = torch.arange(len(sequence), device=device)
+    step = tokens - (sizes.cumsum(0) - sizes)[sequence]
+    counts = torch.bincount(step)
+    places = counts.cumsum(0)[step] - counts[step] + rank[sequence]
+    order = torch.empty_like(places)
+    order[places] = tokens
+    return counts.tolist(), order, rank

@@ -1,8 +1,8 @@
 """Linear layers on a CPU, whose float32 products PyTorch gives to MKL, also where another library is faster.
 
-MKL keeps AVX-512 to Intel's processors; on others oneDNN, which PyTorch brings along for convolutions, multiplies float32
-at more than twice the rate (benchmarks/RESULTS.md). Its product is an operator of PyTorch's that torch.compile uses too,
-without a public name; where it is missing, or on Intel's own processors, a layer does what nn.Linear does.
+MKL keeps AVX-512 to Intel's processors. On an AMD one oneDNN, which PyTorch brings along for convolutions, multiplies
+float32 at more than twice the rate (benchmarks/RESULTS.md). Its product is an operator that torch.compile uses too, but
+without a public name; where it is missing, or on other processors, a layer does what nn.Linear does.
 """
 
 from __future__ import annotations
