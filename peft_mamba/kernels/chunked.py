@@ -72,7 +72,7 @@ def selective_scan(
         check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
         schedule = Schedule.packed(cu_seqlens)
     else:
-        schedule = Schedule.of(*x.shape[:2], first_of_document(seq_idx))
+        schedule = Schedule.of(x.shape[0], x.shape[1], first_of_document(seq_idx))
     h = x.new_zeros(schedule.states, *A.shape) if initial_state is None else initial_state.to(dtype)
     y, h = Scan.apply(dt, x, A.to(dtype), B.to(dtype), C.to(dtype), h, schedule)
     # Without gradients in place: the scan's output is nobody else's.
@@ -143,9 +143,9 @@ def _ssd_chunk(
     sums = _cumulative(a.transpose(1, 2))
     decay = _between(sums, v.dtype)  # (B, H, T, T): from just after token s to token t, zero above the diagonal
     into = torch.exp2(sums).to(v.dtype)  # (B, H, T): from before the chunk to token t
-    if here is not None:
+    if here is not None and before is not None:
         decay = decay * (here[:, None, :, None] == here[:, None, None, :])
-        into = into * (here == before)[:, None]
+        into = into * torch.eq(here, before)[:, None]
     # Heads of a group share B and C: one product for all of them, (B, G, T, N) with (B, G, N, heads · P).
     B, C = B.transpose(1, 2), C.transpose(1, 2)
     scores = (C @ B.mT)[:, :, None] * decay.unflatten(1, (groups, -1))

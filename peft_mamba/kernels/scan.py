@@ -29,13 +29,14 @@ PART_CHANNELS = 64
 class _Layout:
     """The tensors of one scan as the chunks see them: channels in parts, places in the order of the schedule."""
 
-    def __init__(self, schedule: Schedule, batch: int, length: int, channels: int, A: Tensor):
-        self.schedule, self.batch, self.length = schedule, batch, length
+    def __init__(self, schedule: Schedule, A: Tensor):
+        self.schedule = schedule
+        channels, self.state_size = A.shape
         threads = torch.get_num_threads() if A.device.type == "cpu" else 1
         self.parts = max(
             n for n in range(1, threads + 1) if channels % n == 0 and channels // n >= min(PART_CHANNELS, channels)
         )
-        self.width, self.state_size = channels // self.parts, A.shape[1]
+        self.width = channels // self.parts
         self.A = self.states_in(A[None])  # (parts, 1, N, width)
         self.exponent_factor = self.A * math.log2(math.e)
         state = max(1, channels * self.state_size)
@@ -95,7 +96,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dt, x, A, B, C, h, schedule: Schedule):
         ctx.save_for_backward(dt, x, A, B, C, h)
-        layout = _Layout(schedule, *x.shape, A)
+        layout = _Layout(schedule, A)
         dt_r, x_r = (layout.split(schedule.gather(t)) for t in (dt, x))
         B_r, C_r = schedule.gather(B), schedule.gather(C)
         state = layout.place(h, schedule.first)
@@ -136,7 +137,7 @@ def _keep_last(states: Tensor, counts: list[int], final: Tensor) -> None:
 def _gradients(ctx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
     dt, x, A, B, C, _ = ctx.saved_tensors
     schedule = ctx.schedule
-    layout = _Layout(schedule, *x.shape, A)
+    layout = _Layout(schedule, A)
     dt_r, x_r, dy_r = (layout.split(schedule.gather(t)) for t in (dt, x, dy))
     B_r, C_r = schedule.gather(B), schedule.gather(C)
     d_dt, dx, dB, dC = (torch.empty_like(t).view(-1, t.shape[2]) for t in (dt, x, B, C))

@@ -65,7 +65,7 @@ class Linear(nn.Linear):
             and input.numel() * self.out_features >= SMALL_PRODUCT
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.enabled
+            and bool(torch.backends.mkldnn.enabled)
             and kernels.select("cpu").name == "torch"
         )
 
