@@ -150,7 +150,8 @@ def _gradients(ctx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         dt_c, x_c, dy_c, B_c, C_c = dt_r[:, places], x_r[:, places], dy_r[:, places], B_r[places], C_r[places]
         values = dt_c * x_c
         decay, states = layout.run(dt_c, values, B_c, before, counts)
-        dC[places] = (states @ dy_c[..., None]).squeeze(-1).sum(0)
+        # As rows times matrices: the same products as matrices times columns take ten times as long in MKL.
+        dC[places] = (dy_c[:, :, None] @ states.mT).squeeze(-2).sum(0)
         # G_t = dL/dh_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}; dL/d(Δ_t A) = exp(Δ_t A) G_t h_{t-1} in place of the decay.
         G = torch.mul(dy_c[:, :, None], C_c[:, :, None], out=layout.buffer(2, len(B_c)))
         earlier = [before, *states.split(counts, 1)[:-1]]
@@ -164,7 +165,7 @@ def _gradients(ctx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
             later = G_t * factor
             torch.mul(later, h[:, :count], out=factor)
         GB = (B_c[:, None] @ G).squeeze(-2)
-        dB[places] = (G @ values[..., None]).squeeze(-1).sum(0)
+        dB[places] = (values[:, :, None] @ G.mT).squeeze(-2).sum(0)
         dx_r[:, places] = dt_c * GB
         d_dt_r[:, places] = torch.mul(decay, layout.A, out=G).sum(2) + x_c * GB
         if ctx.needs_input_grad[2]:
