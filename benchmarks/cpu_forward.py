@@ -1,7 +1,7 @@
 """Mamba-130m and Mamba2-130m on the CPU: transformers' mixers against ours, same weights, one process.
 
     python benchmarks/cpu_forward.py
-    python benchmarks/cpu_forward.py --training --model mamba-130m
+    python benchmarks/cpu_forward.py --training --layers 4
 
 Random weights at the real size, fp32, 4 x 256 fresh random tokens each time: a forward, or with --training a forward
 with loss and its backward through all weights. The two take turns, so that other work on the machine hits both alike;
@@ -44,15 +44,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training", action="store_true", help="time forward, loss and backward")
     parser.add_argument("--model", choices=CONFIGS, action="append", help="default: both, one after the other")
+    parser.add_argument("--layers", type=int, default=24, help="fewer fit training into less memory")
     parser.add_argument("--turns", type=int, default=9)
     arguments = parser.parse_args()
     work = "forward and backward" if arguments.training else "forward"
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, fp32, {work}, {BATCH} x {LENGTH} tokens, {arguments.turns} turns"
+        f"transformers {transformers.__version__}, fp32, {arguments.layers} layers, {work}, "
+        f"{BATCH} x {LENGTH} tokens, {arguments.turns} turns"
     )
     for name in arguments.model or CONFIGS:
-        theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).train(arguments.training)
+        config = copy.deepcopy(CONFIGS[name])
+        config.num_hidden_layers = arguments.layers
+        theirs = transformers.AutoModelForCausalLM.from_config(config).train(arguments.training)
         ours = copy.deepcopy(theirs)
         use_mixers(ours)
         turns = []

@@ -22,7 +22,6 @@ from .reference import (
     accumulator_dtype,
     check_packed,
     first_of_document,
-    skip_and_gate,
     step_size,
     zero_padding,
 )
@@ -75,16 +74,21 @@ def selective_scan(
         schedule = Schedule.of(x.shape[0], x.shape[1], first_of_document(seq_idx))
     h = x.new_zeros(schedule.states, *A.shape) if initial_state is None else initial_state.to(dtype)
     y, h = Scan.apply(dt, x, A.to(dtype), B.to(dtype), C.to(dtype), h, schedule)
-    # Without gradients in place: the scan's output is nobody else's.
-    y = skip_and_gate(y, x, D, z) if torch.is_grad_enabled() else _skip_and_gate_(y, x, D, z)
-    return y.to(u.dtype), h if return_final_state else None
+    return _skip_and_gate(y, x, D, z).to(u.dtype), h if return_final_state else None
 
 
-def _skip_and_gate_(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """`skip_and_gate` that overwrites y, and gives a result with the tokens of a row side by side in memory."""
+def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """`reference.skip_and_gate` for a y that is nobody else's: overwritten where no gradient is wanted.
+
+    The bits are the same either way, as a recomputation under gradient checkpointing needs.
+    """
+    keep = torch.is_grad_enabled()
     if D is not None:
-        y.addcmul_(x, D.to(y.dtype))
-    return y.contiguous() if z is None else F.silu(z.to(y.dtype)).mul_(y)
+        y = torch.addcmul(y, x, D.to(y.dtype), out=None if keep else y)
+    if z is None:
+        return y.contiguous()
+    gate = F.silu(z.to(y.dtype))
+    return torch.mul(gate, y, out=None if keep else gate)
 
 
 @_without_autocast
