@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
 from .block import PARTS
+from .linear import use_fast_linears
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .packing import hook_models, packing_support
@@ -58,7 +59,8 @@ def use_mixers(model: nn.Module) -> int:
 
     The modules, their parameters and their names stay as they are; only the class of each mixer changes, so the model
     saves, copies and compares as before. Which kernels they run is chosen at each forward, by the device of its input:
-    `kernels.describe` and `report` say which.
+    `kernels.describe` and `report` say which. Where oneDNN multiplies faster than MKL (a CPU with AVX-512 that is not
+    Intel's), the plain nn.Linear layers of the model, its head among them, become a subclass that lets it.
 
     The model then keeps documents that are packed into a row apart, state and convolution, gradients included: pass it
     `seq_idx`, (B, L) int, changing at the first token of each document, or `position_ids`, (B, L) or (1, L), that
@@ -100,7 +102,10 @@ def use_mixers(model: nn.Module) -> int:
                 # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
                 vars(module)["_old_forward"] = types.MethodType(become.forward, module)
     hook_models(model)
+    linears = use_fast_linears(model) if mixers else 0
     if fresh:
         path = kernels.describe(next(fresh[0].parameters()).device.type)
         logger.info("%d %s mixers, kernels %s", len(fresh), type(fresh[0]).__name__, path)
+        if linears:
+            logger.info("%d linear layers multiply float32 on a CPU by oneDNN", linears)
     return len(mixers)
