@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import triton
 from torch.autograd.function import once_differentiable
 
-from ..reference import Tensor, first_of_document
+from .. import chunked
+from ..reference import Tensor, check_packed, first_of_document
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
@@ -50,18 +51,28 @@ def selective_scan(
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`; first derivatives only.
 
-    u, delta and z may be views whose rows lie apart, such as halves of a projection's output. With `cu_seqlens`,
-    `max_seqlen` is an upper bound on the tokens of a sequence; sequences that are long and few run faster with it.
+    u, delta and z may be views whose rows lie apart, such as halves of a projection's output. float64 is computed by
+    `chunked`.
     """
+    if u.dtype == torch.float64:
+        return chunked.selective_scan(
+            *(u, delta, A, B, C, D, z, delta_bias),
+            initial_state=initial_state,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
+    if cu_seqlens is not None:
+        check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
     starts = first_of_document(seq_idx)
     resets = None if starts is None else starts.to(torch.uint8)
     return _SelectiveScan.apply(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, max_seqlen, return_final_state
+        u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
     )
 
 
@@ -78,17 +89,17 @@ class _Layout:
     split: int
 
     @classmethod
-    def of(cls, u: Tensor, states: int, cu_seqlens: Tensor | None, max_seqlen: int | None) -> _Layout:
+    def of(cls, u: Tensor, states: int, cu_seqlens: Tensor | None) -> _Layout:
         batch, length, channels = u.shape
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        longest = length if cu_seqlens is None else max_seqlen or 0
-        programs = sequences * triton.cdiv(channels, LANES)
+        blocks = triton.cdiv(channels, LANES)
         wanted = _multiprocessors(u.device) * WARPS_WANTED
         segments, split = 1, 0
-        if 0 < programs <= wanted // 2 and longest >= 2 * SHORTEST_SEGMENT:
-            pieces = min(triton.cdiv(wanted, programs), longest // SHORTEST_SEGMENT)
-            split = triton.cdiv(triton.cdiv(longest, pieces), CHECKPOINT) * CHECKPOINT
-            segments = triton.cdiv(longest, split)
+        # In a packed row any sequence may be the whole of it; segments that turn out to be empty cost next to nothing.
+        if 0 < sequences * blocks <= wanted // 2 and length >= 2 * SHORTEST_SEGMENT:
+            split = max(SHORTEST_SEGMENT, triton.cdiv(batch * length * blocks, wanted))
+            split = triton.cdiv(split, CHECKPOINT) * CHECKPOINT
+            segments = triton.cdiv(length, split)
         return cls(sequences, length, channels, states, cu_seqlens is not None, segments, split)
 
     @property
@@ -146,9 +157,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """x itself where it is rows at one distance from each other, else a copy that is."""
-    if x is None or (x.stride(2) == 1 and x.flatten(0, 1).data_ptr() == x.data_ptr()):
-        return x
-    return x.contiguous()
+    if x is None:
+        return None
+    batch, length, _ = x.shape
+    together = batch == 1 or length == 1 or x.stride(0) == length * x.stride(1)
+    return x if x.stride(2) == 1 and together else x.contiguous()
 
 
 def _stride(x: Tensor | None) -> int:
@@ -162,10 +175,8 @@ def _on(device: torch.device) -> Any:
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, max_seqlen, want_final
-    ):
-        layout = _Layout.of(u, A.shape[1], cu_seqlens, max_seqlen)
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final):
+        layout = _Layout.of(u, A.shape[1], cu_seqlens)
         u, delta, z = _rows(u), _rows(delta), _rows(z)
         tiles = layout.to_tiles(A)
         given = {
@@ -289,7 +300,7 @@ class _SelectiveScan(torch.autograd.Function):
             layout.from_tiles(dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0]).to(type_h0)
             if needs_h0
             else None,
-            *[None] * 5,
+            *[None] * 4,
         )
 
 
