@@ -12,24 +12,24 @@ from .scan_cases import Case, check, draw, run
 CASES = {
     "plain": Case(),
     "fewer channels than lanes": Case(channels=7, states=5, length=3),
-    "several checkpoints": Case(length=70, channels=33, states=8),
+    "several checkpoints": Case(batch=1, length=70, channels=33, states=8),
     "no z": Case(without=("z",)),
     "no D, no bias": Case(without=("D", "delta_bias")),
     "z is half of a wider tensor": Case(strided=True, length=5),
     "one token": Case(length=1, stateful=True),
     "no tokens": Case(length=0, stateful=True),
     "states": Case(stateful=True),
-    "documents": Case(rows="seq_idx", stateful=True, length=40),
+    "documents": Case(rows="seq_idx", stateful=True, length=20),
     "padding": Case(rows="lengths", stateful=True, batch=3, length=11),
     "packed": Case(rows="packed", stateful=True, batch=4, length=9),
     "few states": Case(states=3, length=6),
     "many states": Case(states=64, channels=32, length=4),
     "bf16": Case(dtype=torch.bfloat16, length=21),
     "fp16": Case(dtype=torch.float16, length=21),
-    "segments": Case(batch=1, length=600, channels=8, states=4, stateful=True),
-    "segments with documents": Case(batch=1, length=600, channels=8, states=4, stateful=True, rows="seq_idx"),
-    "segments of packed rows": Case(batch=2, length=300, channels=8, states=4, stateful=True, rows="packed"),
-    "segments with padding": Case(batch=1, length=600, channels=8, states=4, stateful=True, rows="lengths"),
+    "segments": Case(batch=1, length=80, channels=8, states=4, stateful=True),
+    "segments with documents": Case(batch=1, length=80, channels=8, states=4, stateful=True, rows="seq_idx"),
+    "segments of packed rows": Case(batch=2, length=50, channels=8, states=4, stateful=True, rows="packed"),
+    "segments with padding": Case(batch=1, length=80, channels=8, states=4, stateful=True, rows="lengths"),
 }
 
 
@@ -39,14 +39,15 @@ def scan():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_against_float64(scan, device, name):
+def test_against_float64(scan, device, name, monkeypatch):
+    monkeypatch.setattr(scan, "SHORTEST_SEGMENT", 32)
     check(scan.selective_scan, CASES[name], device)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     batch=st.integers(1, 3),
-    length=st.integers(0, 40),
+    length=st.integers(0, 20),
     channels=st.integers(1, 70),
     rows=st.sampled_from(["plain", "seq_idx", "lengths", "packed"]),
     stateful=st.booleans(),

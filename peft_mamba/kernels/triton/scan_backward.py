@@ -9,9 +9,9 @@ import triton.language as tl
 
 from .elementwise import LN2, LOG2E, sigmoid
 from .scan_tiles import (
-    TILES,
     advance,
     first_checkpoint,
+    kernel,
     load,
     load_states,
     over_states,
@@ -26,7 +26,7 @@ from .scan_tiles import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=TILES)
+@kernel
 def scan_backward(
     u, delta, A, B, C, D, z, bias, resets, lengths, cu_seqlens, checkpoints, dy, dlast, scratch,
     du, ddelta, dz, dBC, dA, dD, dbias, dh0,

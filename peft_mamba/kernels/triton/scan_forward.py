@@ -5,10 +5,10 @@ import triton.language as tl
 
 from .elementwise import LOG2E, sigmoid
 from .scan_tiles import (
-    TILES,
     advance,
     first_checkpoint,
     floats,
+    kernel,
     load,
     load_states,
     over_states,
@@ -21,7 +21,7 @@ from .scan_tiles import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=TILES)
+@kernel
 def scan_forward(
     u, delta, A, B, C, D, z, bias, resets, lengths, cu_seqlens, h0, y, checkpoints, last,
     stride_u, stride_delta, stride_z, length, channels, blocks, offset, segments, split, waves, programs,

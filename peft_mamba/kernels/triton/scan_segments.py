@@ -4,14 +4,13 @@
 time and, for gradients, against it; `scan_chain` joins those into what each starts from.
 """
 
-import triton
 import triton.language as tl
 
 from .elementwise import LOG2E, sigmoid
 from .scan_tiles import (
     RESET,
-    TILES,
     advance,
+    kernel,
     load,
     load_states_inside,
     place,
@@ -22,7 +21,7 @@ from .scan_tiles import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=TILES)
+@kernel
 def scan_ends(
     u, delta, A, B, bias, resets, lengths, cu_seqlens, last, elapsed,
     stride_u, stride_delta, length, channels, blocks, offset, segments, split, waves, programs,
@@ -84,7 +83,7 @@ def scan_ends(
     tl.store(elapsed + program * 64 + 32 + lane, boundary)
 
 
-@triton.jit(do_not_specialize_on_alignment=TILES)
+@kernel
 def scan_ends_backward(
     delta, A, C, z, bias, resets, lengths, cu_seqlens, dy, dh0,
     stride_delta, stride_z, stride_dy, length, channels, blocks, offset, segments, split, waves, programs,
@@ -144,7 +143,7 @@ def scan_ends_backward(
     tl.store(dh0 + program * (N * 32) + tile, dh)
 
 
-@triton.jit(do_not_specialize_on_alignment=TILES)
+@kernel
 def scan_chain(A, elapsed, h0, last, blocks, segments, N: tl.constexpr, REVERSE: tl.constexpr, HAS_H0: tl.constexpr):
     """Join segments: overwrite what each leaves behind a zero state, in `last`, by what it starts from.
 

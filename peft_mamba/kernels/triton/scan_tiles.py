@@ -8,8 +8,10 @@ sum over states (`over_states`) goes through the 4 lanes of such a quad and leav
 over channels (`store_sums`) goes through the other 8. In memory a tile lies as it is written here. Tokens are rows:
 (T, D) with the stride of a row for u, delta, z and their gradients, (T, N) in float32 for B and C. Triton lays a tile
 out over registers and lanes after the loads that it comes from, and would give a lane several neighbours if it knew a
-tile's pointer to be a multiple of 16 bytes; hence `TILES`.
+tile's pointer to be a multiple of 16 bytes; hence `POINTERS`.
 """
+
+import inspect
 
 import triton
 import triton.language as tl
@@ -18,8 +20,27 @@ from .elementwise import halve, narrow, softplus_and_slope
 
 # Added to the exponent of a decay where a document starts: exp2 of it is 0.
 RESET = tl.constexpr(-1.0e30)
-# Pointers to tiles, kept from being known as aligned; see above.
-TILES = ["A", "h0", "last", "checkpoints", "scratch", "dlast", "dA", "dh0"]
+# Triton compiles a kernel anew where a number is 1, or it or a pointer is a multiple of 16. Nothing here gains by that:
+# pointers to tiles must not be known as aligned (see above), of the others only those to B and C matter, and lengths
+# that differ from batch to batch would each cost seconds.
+NUMBERS = [
+    *("length", "channels", "blocks", "offset", "segments", "split", "waves", "programs"),
+    *("stride_u", "stride_delta", "stride_z", "stride_dy", "stride_du", "stride_ddelta", "stride_dz"),
+]
+POINTERS = [
+    *("A", "h0", "last", "checkpoints", "scratch", "dlast", "dA", "dh0"),
+    *("u", "delta", "z", "y", "dy", "du", "ddelta", "dz", "dBC", "D", "bias", "dD", "dbias", "elapsed"),
+    *("resets", "lengths", "cu_seqlens"),
+]
+
+
+def kernel(function):
+    """triton.jit for the kernels of the scan."""
+    names = inspect.signature(function).parameters
+    return triton.jit(
+        do_not_specialize=[name for name in NUMBERS if name in names],
+        do_not_specialize_on_alignment=[name for name in POINTERS if name in names],
+    )(function)
 
 
 @triton.jit
