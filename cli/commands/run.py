@@ -53,10 +53,10 @@ def run_command(
 ) -> None:
     """Do what is missing of a study, and say how it stands.
 
-    RECIPE is the name of one that comes along, a YAML file, or the directory of a study that is to go on. Whatever ended
-    an earlier run, this one goes on from there: finished runs are not repeated, a fine-tuning resumes from its last
-    checkpoint. Several of these commands may work on one study. A run that fails is recorded and does not stop the
-    others.
+    RECIPE is the name of one that comes along, a YAML file, or the directory of a study that is to go on. Whatever
+    ended an earlier run, this one goes on from there: finished runs are not repeated, a fine-tuning resumes from its
+    last checkpoint. Several of these commands may work on one study. A run that fails is recorded and does not stop
+    the others.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..studies.claims import Claims

@@ -83,8 +83,11 @@ def _finetune(run: Run, output: Path, device: str | None) -> tuple[dict[str, Any
 
 
 def _score(run: Run, directory: Path, needed: Path | None, device: str | None) -> tuple[dict[str, Any], str]:
+    import torch
+
     from .scoring import evaluate, model_arguments, save
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     results = evaluate(run.settings, model_arguments(run, needed and needed / MODEL), device)
     staging = directory / f".{LM_EVAL}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -94,9 +97,8 @@ def _score(run: Run, directory: Path, needed: Path | None, device: str | None) -
     os.rename(staging, directory / LM_EVAL)
     config = results["config"]
     kept = ("precision", "kernel_path", "checkpoint", "adapter", "batch_sizes", "limit")
-    return {"groups": results.get("groups", {}), **{name: config.get(name) for name in kept}}, device_name(
-        config["device"]
-    )
+    found = {"groups": results.get("groups", {}), **{name: config.get(name) for name in kept}}
+    return found, device_name(device)
 
 
 def device_name(device: Any) -> str:

@@ -1,4 +1,4 @@
-"""The kinds of study: each a module that says which keys its recipes have, which runs they ask for, and which report."""
+"""The kinds of study: each a module that says which keys its recipes have, the runs and the report."""
 
 from __future__ import annotations
 
