@@ -43,9 +43,9 @@ class RayEngine:
         self._running: dict[Any, Run] = {}
 
     def __enter__(self) -> RayEngine:
-        options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False} if not self._address else {}
+        options: dict[str, Any] = {"include_dashboard": False} if not self._address else {}
         try:
-            self._ray.init(address=self._address, ignore_reinit_error=True, logging_level="warning", **options)
+            self._ray.init(address=self._address, log_to_driver=False, logging_level="warning", **options)
         except (ConnectionError, ValueError) as error:
             raise StudyError(f"--address {self._address}: no Ray cluster is there ({error}).") from error
         self._resource = "CPU" if self._device == "cpu" or not self._total("GPU") else "GPU"

@@ -155,6 +155,8 @@ def growth(canvas: Any, rows: list[Row], *, panel: str, label: str) -> None:
                 )
                 if all(_known(r["deviation_low"]) for r in mine):
                     low, high = ([row[f"deviation_{end}"] for row in mine] for end in ("low", "high"))
+                    least = min(row["deviation"] for row in mine) / 10  # no logarithm has 0, where two runs agree
+                    low = [max(value, least) for value in low]
                     axes.fill_between(places, low, high, color=colour(i), alpha=0.18, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

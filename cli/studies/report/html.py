@@ -20,7 +20,7 @@ font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid var(--grid)}
 figure{margin:1.2rem 0}figure svg{width:100%;max-width:52rem;height:auto;display:block}
 .scroll{overflow-x:auto;margin-bottom:1.2rem}.scroll:focus{outline:2px solid var(--c0)}
-figcaption,caption{font-size:.88rem;text-align:left;color:var(--ink);opacity:.85}caption{caption-side:top;padding-bottom:.3rem}
+figcaption,.caption{font-size:.88rem;max-width:52rem;opacity:.85}.caption{margin:1.2rem 0 .3rem}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 th{border-bottom:2px solid var(--grid)}td.text,th.text{text-align:left}tbody tr:nth-child(even){background:var(--soft)}
@@ -61,7 +61,7 @@ def _figure(figure: Figure, drawing: str) -> str:
 
 
 def _table(table: Table) -> str:
-    caption = f"<caption>{escape(table.caption)}</caption>"
+    caption = f'<p class="caption">{escape(table.caption)}</p>'
     if not table.rows:
         return f"<p>{escape(table.caption)} Nothing has finished.</p>"
     names = list(dict.fromkeys(name for row in table.rows for name in row))
@@ -73,5 +73,5 @@ def _table(table: Table) -> str:
     head = "".join(cell("th", name, name) for name in names)
     rows = ("".join(cell("td", name, shown(row.get(name))) for name in names) for row in table.rows)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    table_body = f"{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll" tabindex="0"><table>{table_body}</table></div>'
+    contents = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'{caption}<div class="scroll" tabindex="0"><table>{contents}</table></div>'

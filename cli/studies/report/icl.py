@@ -116,7 +116,7 @@ def _by_model(scored: list[Finished]) -> list[Row]:
         gaps = [family_gap([_correct(each)]) for each in members]
         shots = list(gaps[0].improvement)
         row: Row = {"model": f"{family} {size}"}
-        row |= {f"{k} shots": mean_of([gap.improvement[k] for gap in gaps]) for k in shots}
+        row |= {f"{k} shot{'s' * (k > 1)}": mean_of([gap.improvement[k] for gap in gaps]) for k in shots}
         row["AIPSS"] = mean_of([gap.aipss for gap in gaps])
         if tuning_of(members[0]) == "pretrained":
             rows_of = [theirs[key] for k in shots if (key := (family, size, str(k))) in theirs]
