@@ -18,9 +18,19 @@ def explained() -> Iterator[None]:
     from ..studies.claims import ClaimError
     from ..studies.located import RecipeError
     from ..studies.pins import PinError
+    from ..studies.report.theme import ReportError
     from ..studies.store import StudyError
 
-    known = (CheckpointError, ClaimError, PinError, PrecisionError, RecipeError, ResultsError, StudyError)
+    known = (
+        CheckpointError,
+        ClaimError,
+        PinError,
+        PrecisionError,
+        RecipeError,
+        ReportError,
+        ResultsError,
+        StudyError,
+    )
     try:
         yield
     except known as error:

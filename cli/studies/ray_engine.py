@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class RayEngine:
     def __enter__(self) -> RayEngine:
         options: dict[str, Any] = {"include_dashboard": False} if not self._address else {}
         try:
+            _reach(self._address)
             self._ray.init(address=self._address, log_to_driver=False, logging_level="warning", **options)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise StudyError(f"--address {self._address}: no Ray cluster is there ({error}).") from error
         self._resource = "CPU" if self._device == "cpu" or not self._total("GPU") else "GPU"
         return self
@@ -94,12 +96,17 @@ class RayEngine:
         return outcome
 
 
+def _reach(address: str | None) -> None:
+    """Raises OSError if nothing listens at HOST:PORT, where Ray itself would wait for long."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _work(
     run: Run, directory: str, needed: str | None, device: str | None, storage: str | None, threads: str
 ) -> Outcome:
     """On a worker."""
-    import socket
-
     import torch
 
     torch.set_num_threads(int(threads))

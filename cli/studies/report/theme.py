@@ -28,6 +28,10 @@ CSS = (
 )
 
 
+class ReportError(RuntimeError):
+    """A report that cannot be made here; the message says what to do."""
+
+
 def colour(index: int) -> str:
     """Of a series, to draw with."""
     return _PLACEHOLDERS[index % len(_PLACEHOLDERS)]
@@ -42,13 +46,13 @@ def svg(figure: Figure) -> str:
     """The figure as an SVG element that takes its colours from the CSS variables of the page that it is in.
 
     Raises:
-        ImportError: matplotlib is missing; says how to get it.
+        ReportError: matplotlib is missing; says how to get it.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "lm-eval-mamba[study]"') from error
+        raise ReportError('Figures need matplotlib: pip install "lm-eval-mamba[study]"') from error
 
     style = {
         "svg.fonttype": "none",

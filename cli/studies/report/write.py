@@ -21,7 +21,7 @@ def write_report(study: Study, output: Path) -> list[Path]:
     """The files written, the page first.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ReportError: matplotlib is missing.
     """
     finished = study.finished()
     report = KINDS[study.recipe.kind].report(study.recipe, finished)
