@@ -34,7 +34,7 @@ def family_gap(models: Sequence[Correct], draws: int = DRAWS, seed: int = SEED) 
     value, drawn = bootstrap(strata, figures, draws, seed)
     known = all(len(stratum) > 1 for stratum in strata)
     *by_shots, aipss = [bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
-    undefined = tuple(name for name in models[0] if any(not np.mean(model[name][0]) for model in models))
+    undefined = tuple(name for name in models[0] if any(not np.asarray(model[name][0]).any() for model in models))
     return ICLGap(dict(zip(shots[1:], by_shots, strict=True)), aipss, undefined)
 
 

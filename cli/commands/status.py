@@ -33,7 +33,8 @@ def status_command(study: Path) -> None:
             said = f"{duration(done.record['seconds'])}, {done.record['device']}"
             seconds += done.record["seconds"]
         elif (problem := found.error(run)) is not None:
-            said = f"{problem['error'].splitlines()[0]} (attempt {problem['attempts']}; {found.directory(run)}/log.txt)"
+            log = found.directory(run) / "log.txt"
+            said = f"{problem['error'].splitlines()[0]} (attempt {problem['attempts']}; {log})"
         elif state == "running":
             said = str(claims.held_by(run.id) or "")
         table.add_row(state, Text(run.name), Text(said))

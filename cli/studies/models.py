@@ -165,9 +165,9 @@ def _named(entry: Located, name: str, base: Path, keys: dict[str, Located]) -> M
             "'sizes: […]'."
         )
     last = Path(source).name
-    size = re.search(r"(?i)(?<![a-z0-9.])(\d+(?:\.\d+)?[mb])(?![a-z0-9])", last)
-    family = last.replace(size[0], "").strip("-_. ") if size else last
-    return replace(Model(source, family or last, size[1].upper() if size else ""), **given)
+    found = re.search(r"(?i)(?<![a-z0-9.])(\d+(?:\.\d+)?[mb])(?![a-z0-9])", last)
+    family = last.replace(found[0], "").strip("-_. ") if found else last
+    return replace(Model(source, family or last, found[1].upper() if found else ""), **given)
 
 
 def _options(keys: dict[str, Located]) -> dict[str, Located]:

@@ -7,6 +7,7 @@ that asked, so nothing is left claimed by a node that is gone.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -47,7 +48,7 @@ class RayEngine:
         options: dict[str, Any] = {"include_dashboard": False} if not self._address else {}
         try:
             _reach(self._address)
-            self._ray.init(address=self._address, log_to_driver=False, logging_level="warning", **options)
+            self._ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING, **options)
         except (OSError, ValueError) as error:
             raise StudyError(f"--address {self._address}: no Ray cluster is there ({error}).") from error
         self._resource = "CPU" if self._device == "cpu" or not self._total("GPU") else "GPU"
@@ -71,8 +72,8 @@ class RayEngine:
             options["num_gpus"] = 1
         device = "cpu" if self._resource == "CPU" else self._device
         threads = os.environ.get("OMP_NUM_THREADS", "1")
-        remote = self._ray.remote(**options)(_work)
-        reference = remote.remote(run, str(directory), needed and str(needed), device, self._storage, threads)
+        remote: Any = self._ray.remote(**options)(_work)
+        reference = remote.remote(run, str(directory), str(needed) if needed else None, device, self._storage, threads)
         self._running[reference] = run
 
     def wait(self) -> list[tuple[Run, Outcome]]:
@@ -115,7 +116,7 @@ def _work(
     if not storage:
         if not (here.parents[1] / STUDY).is_file():
             return {"unshared": socket.gethostname()}
-        return execute(run, here, needed and Path(needed), device)
+        return execute(run, here, Path(needed) if needed else None, device)
     with tempfile.TemporaryDirectory(prefix="mamba-study-") as scratch:
         here = Path(scratch) / run.id
         model = None

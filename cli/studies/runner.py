@@ -6,6 +6,7 @@ when nothing is left that it or another one could do.
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -97,9 +98,9 @@ def run_study(study: Study, engine: Engine, watcher: Watcher, claims: Claims) ->
         for run in study.runs:
             if len(waiting) >= engine.slots():
                 break
-            if now[run.id] != "missing" or not (run.needs is None or study.is_finished(run.needs)):
+            if now[run.id] != "missing" or not _ready(study, run):
                 continue
-            if claims.take(run.id, lambda run=run: not study.is_finished(run) and study.error(run) is None):
+            if claims.take(run.id, functools.partial(_wanted, study, run)):
                 watcher.began(run)
                 waiting.add(run.id)
                 engine.submit(run, study.directory(run), study.directory(run.needs) if run.needs else None)
@@ -110,12 +111,16 @@ def run_study(study: Study, engine: Engine, watcher: Watcher, claims: Claims) ->
                 waiting.discard(run.id)
                 watcher.ended(run, outcome)
         elif any(state in ("missing", "running") for state in now.values()):
-            if not any(state == "missing" and _ready(study, run) for run in study.runs for state in [now[run.id]]):
+            if not any(now[run.id] == "missing" and _ready(study, run) for run in study.runs):
                 wait_a_moment()  # others have what is left, or what it needs
         else:
             break
     final = list(states(study).values())
     return Tally(final.count("finished"), final.count("failed"), final.count("blocked"))
+
+
+def _wanted(study: Study, run: Run) -> bool:
+    return not study.is_finished(run) and study.error(run) is None
 
 
 def _ready(study: Study, run: Run) -> bool:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from peft_mamba.provenance import git_state, versions
 
 from ..outputs import write_atomically
@@ -127,7 +129,7 @@ class Study:
     def result(self, run: Run) -> Finished | None:
         """A run with its result, if it has one."""
         stored = _read(self.directory(run) / RESULT)
-        return stored and Finished(run, self.directory(run), stored["result"], stored["record"])
+        return Finished(run, self.directory(run), stored["result"], stored["record"]) if stored else None
 
     def write_result(self, run: Run, result: dict[str, Any], record: dict[str, Any]) -> None:
         """Finish a run."""
@@ -164,7 +166,7 @@ def record(started: float, device: str) -> dict[str, Any]:
 def failure(error: BaseException) -> dict[str, Any]:
     """An exception for error.json."""
     return {
-        "error": f"{type(error).__name__}: {error}",
+        "error": str(error) if isinstance(error, click.ClickException) else f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
         "failed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions("trl", "datasets"),

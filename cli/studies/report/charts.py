@@ -68,7 +68,7 @@ def curves(
         axes.set_xlabel(x_label)
         axes.set_xticks(sorted({row[x] for row in rows}))
     all_axes[0].set_ylabel(label)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in all_axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     canvas.legend(
@@ -172,9 +172,8 @@ def _errors(axes: Any, places: list[float], rows: list[Row], value: str, ink: st
         low, high = row.get(f"{value}_low"), row.get(f"{value}_high")
         if _known(low) and _known(high):
             below, above = max(row[value] - low, 0), max(high - row[value], 0)
-            axes.errorbar(
-                [place], [row[value]], [[below], [above]], fmt="none", ecolor=ink, elinewidth=0.9, capsize=2, zorder=5
-            )
+            look = {"fmt": "none", "color": ink, "ecolor": ink, "elinewidth": 0.9, "capsize": 2, "zorder": 5}
+            axes.errorbar([place], [row[value]], [[below], [above]], **look)
 
 
 def _legend_above(canvas: Any, handles: list[Any], labels: list[str], columns: int = 4) -> None:

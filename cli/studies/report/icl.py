@@ -108,10 +108,7 @@ def _curve(scored: list[Finished]) -> list[Row]:
 
 def _by_model(scored: list[Finished]) -> list[Row]:
     rows = []
-    theirs = {
-        (row["family"], row["size"], row["num_fewshot"]): row["mean_improvement_pct"]
-        for row in published("icl_pretrained")
-    }
+    theirs = _published_rows()
     for (family, size), members in by_labels(scored, "family", "size").items():
         gaps = [family_gap([_correct(each)]) for each in members]
         shots = list(gaps[0].improvement)

@@ -54,7 +54,7 @@ def svg(figure: Figure) -> str:
     except ImportError as error:
         raise ReportError('Figures need matplotlib: pip install "lm-eval-mamba[study]"') from error
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": figure.name,  # ids that differ from those of other figures, and are the same each time
         "font.family": "sans-serif",
@@ -80,7 +80,7 @@ def svg(figure: Figure) -> str:
         canvas = Canvas(figsize=figure.size, layout="constrained")
         figure.draw(canvas, figure.rows)
         written = io.StringIO()
-        saving = {"format": "svg", "bbox_inches": "tight", "pad_inches": 0.05}
+        saving: Any = {"format": "svg", "bbox_inches": "tight", "pad_inches": 0.05}
         canvas.savefig(written, metadata={"Date": None, "Creator": None}, **saving)
     return _themed(written.getvalue())
 

@@ -4,10 +4,13 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from lm_eval_mamba.cli.studies.recipe import Recipe
+from lm_eval_mamba.cli.studies.report import divergence
 from lm_eval_mamba.cli.studies.report.document import Figure, Report, Section, Table, shown
 from lm_eval_mamba.cli.studies.report.html import page
 from lm_eval_mamba.cli.studies.report.theme import CSS, standalone, svg
@@ -37,6 +40,42 @@ def test_divergence_is_what_the_documents_say(undisturbed):
     assert float(row["divergence_low"]) <= expected <= float(row["divergence_high"])
     text = (undisturbed / "report" / "report.md").read_text()
     assert "paired bootstrap over documents" in text and "One seed: nothing here tells the spread" in text
+
+
+class Scored:
+    """A run that was scored on a task with another's answers."""
+
+    def __init__(self, original, task, labels, settings):
+        self.labels, self.precisions = labels, ["fp32", "bf16"]
+        self.run = SimpleNamespace(action="score", needs=None, settings=settings)
+        self._original, self._task = original, task
+
+    def studies(self, precision=None):
+        return {self._task: self._original.studies()["divergence_mini"]}
+
+
+def test_published_divergences_stand_beside_those_of_the_same_model(undisturbed):
+    ours, theirs = (each for each in Study.open(undisturbed).finished() if each.run.action == "score")
+    labels = {"family": "Mamba-2", "size": "130M", "seed": 0}
+    model = Scored(ours, "mmlu_divergence", labels, {})
+    (section,) = divergence.report(Recipe.load("divergence"), [model]).sections
+    (row,) = next(part for part in section.parts if isinstance(part, Table)).rows
+    assert (row["precision"], row["published"]) == ("bf16", 0.67)
+
+    recipe = Recipe.load("finetune-divergence")
+    task = "mmlu_divergence"
+    tuned = [
+        Scored(
+            original,
+            task,
+            {"family": "Pythia", "size": "160M", "seed": 0, "dataset": "alpaca", "preset": preset, "precision": "fp32"},
+            {"tasks": [task], "preset": preset, "precision": "fp32"},
+        )
+        for original, preset in ((ours, "full"), (theirs, "all"))
+    ]
+    (section,) = divergence.report_finetuned(recipe, tuned).sections
+    (row,) = section.parts[-1].rows
+    assert (row["family"], row["configurations"], row["published mean divergence"]) == ("Pythia", 1, 0.37)
 
 
 def test_the_page_refers_to_nothing_outside(undisturbed):
