@@ -9,7 +9,7 @@ from lm_eval_mamba.cli.studies.recipe import builtin_text
 # What makes the recipes that come along a matter of seconds.
 SMALLER = {
     "icl": {
-        "limit: 24": "limit: 6",
+        "limit: 24": "limit: 3",
         "max_steps: 30": "max_steps: 2",
         "models: .*": "models: [{model: mini, family: Mamba, size: 130M}, mini-2]",
     },
