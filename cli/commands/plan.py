@@ -29,12 +29,12 @@ def plan_command(recipe: str, seeds: int | None, device: str | None) -> None:
     from ..studies.models import EMBEDDED
     from ..studies.pins import Pins
     from ..studies.progress import duration
-    from ..studies.recipe import Recipe
+    from ..studies.recipe import Recipe, builtin_names
     from ..studies.store import Study, planned
     from .errors import explained
 
     with explained():
-        if Path(recipe).is_dir():
+        if Path(recipe).is_dir() and recipe not in builtin_names():
             study = Study.open(Path(recipe))
             asked, runs, pinned = study.recipe, study.runs, True
         else:

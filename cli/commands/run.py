@@ -61,7 +61,7 @@ def run_command(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..studies.claims import Claims
     from ..studies.progress import ShowRuns, own_console
-    from ..studies.recipe import Recipe
+    from ..studies.recipe import Recipe, builtin_names
     from ..studies.runner import ending_on_sigterm, run_study
     from ..studies.runner import retry_failed as forget
     from ..studies.store import Study
@@ -70,7 +70,7 @@ def run_command(
     if engine == "local" and (address or storage):
         raise click.UsageError("--address and --storage go with --engine ray.")
     with explained():
-        if Path(recipe).is_dir():
+        if Path(recipe).is_dir() and recipe not in builtin_names():  # of a directory with such a name: ./icl
             if seeds or output or extend:
                 raise click.UsageError(f"{recipe} is a study with a recipe of its own; give the recipe to change it.")
             study = Study.open(Path(recipe))

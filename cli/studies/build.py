@@ -93,6 +93,16 @@ def score_runs(
     return [_score_run(recipe, target, pins, part, precisions, reference, seed) for part in parts]
 
 
+def tuned_runs(recipe: Recipe, model: Model, configurations: list[Options], seed: int, pins: Pins) -> list[Run]:
+    """A model fine-tuned with each configuration, and each result scored in the precision that it was trained in."""
+    runs: list[Run] = []
+    for options in configurations:
+        tuned = finetune_run(recipe, model, options, seed, pins)
+        precision = tuned.settings["precision"]
+        runs += score_runs(recipe, tuned, pins, precisions=[precision], reference=precision)
+    return runs
+
+
 def _score_run(
     recipe: Recipe,
     target: Model | Run,

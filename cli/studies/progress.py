@@ -49,6 +49,7 @@ class ShowRuns:
     def __init__(self, study: Study, console: Console, device: str) -> None:
         self._study, self._console, self._device = study, console, device
         self._began: dict[str, float] = {}
+        self._states: dict[str, str] = {}
         self._names = {run.id: f"{i}/{len(study.runs)} {run.name}" for i, run in enumerate(study.runs, 1)}
         self._bar: Progress | None = None
         self._task: Any = None
@@ -59,6 +60,7 @@ class ShowRuns:
             self._bar.start()
 
     def look(self, states: dict[str, str]) -> None:
+        self._states = states
         if self._bar is not None:
             done = sum(state in ("finished", "failed", "blocked") for state in states.values())
             left = self._left(states)
@@ -66,7 +68,8 @@ class ShowRuns:
 
     def began(self, run: Run) -> None:
         self._began[run.id] = time.monotonic()
-        self._say(f"begun    {self._names[run.id]}")
+        left = "" if self._bar is not None else f" (about {duration(self._left(self._states))} left in all)"
+        self._say(f"begun    {self._names[run.id]}{left}")
 
     def ended(self, run: Run, outcome: dict[str, Any]) -> None:
         took = duration(time.monotonic() - self._began.pop(run.id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,12 @@ class Finished:
     def precisions(self) -> list[str]:
         """In which its tasks were scored, the reference first."""
         return self.run.settings["precisions"] or [self.run.settings["dtype"]]
+
+    @cached_property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """lm-eval's own figures, by task."""
+        (file,) = (self.directory / LM_EVAL).glob("results_*.json")
+        return json.loads(file.read_text(encoding="utf-8"))["results"]
 
     def studies(self, precision: str | None = None) -> dict[str, Study]:
         """What lm-eval scored, by group or task."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..build import finetune_run, score_runs
+from ..build import tuned_runs
 from ..models import Model
 from ..pins import Pins
 from ..recipe import Key, Recipe, scalars
@@ -21,11 +21,9 @@ def plan(recipe: Recipe, pins: Pins) -> list[Run]:
     runs: list[Run] = []
     for model in recipe.models:
         for seed in recipe.seeds:
-            tuned = [finetune_run(recipe, model, options, seed, pins) for options in recipe.configurations(model)]
-            check_reference(recipe, model, tuned)
-            for run in tuned:
-                precision = run.settings["precision"]
-                runs += score_runs(recipe, run, pins, precisions=[precision], reference=precision)
+            scored = tuned_runs(recipe, model, recipe.configurations(model), seed, pins)
+            check_reference(recipe, model, list({run.needs.id: run.needs for run in scored if run.needs}.values()))
+            runs += scored
     return runs
 
 

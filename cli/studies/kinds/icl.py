@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..build import finetune_run, score_runs
+from ..build import score_runs, tuned_runs
 from ..pins import Pins
 from ..recipe import Key, Recipe, flag
 from ..report.icl import report
@@ -20,10 +20,8 @@ def plan(recipe: Recipe, pins: Pins) -> list[Run]:
             if recipe.get("pretrained"):
                 for precision in recipe.get("precisions"):
                     runs += score_runs(recipe, model, pins, precisions=[precision], reference=precision, seed=seed)
-            for options in recipe.configurations(model) if recipe.finetune is not None else ():
-                tuned = finetune_run(recipe, model, options, seed, pins)
-                precision = tuned.settings["precision"]
-                runs += score_runs(recipe, tuned, pins, precisions=[precision], reference=precision)
+            if recipe.finetune is not None:
+                runs += tuned_runs(recipe, model, recipe.configurations(model), seed, pins)
     return runs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ..build import finetune_run, score_runs
+from ..build import tuned_runs
 from ..pins import Pins
 from ..recipe import Key, Recipe, number
 from ..report.robustness import report
@@ -23,11 +23,9 @@ def plan(recipe: Recipe, pins: Pins) -> list[Run]:
                 "sample", f"the grid has {len(configurations)} combinations, so {sample} cannot be drawn."
             )
         rng = random.Random(recipe.get("sample_seed"))
-        for options in rng.sample(configurations, sample):
-            for seed in recipe.seeds:
-                tuned = finetune_run(recipe, model, options, seed, pins)
-                precision = tuned.settings["precision"]
-                runs += score_runs(recipe, tuned, pins, precisions=[precision], reference=precision)
+        drawn = rng.sample(configurations, sample)
+        for seed in recipe.seeds:
+            runs += tuned_runs(recipe, model, drawn, seed, pins)
     return runs
 
 

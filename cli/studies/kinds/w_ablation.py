@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..build import finetune_run, score_runs
+from ..build import tuned_runs
 from ..pins import Pins
 from ..recipe import Key, Recipe, number
 from ..report.w_ablation import report
@@ -15,14 +15,12 @@ def plan(recipe: Recipe, pins: Pins) -> list[Run]:
     runs: list[Run] = []
     for model in recipe.models:
         for seed in recipe.seeds:
-            tuned = [finetune_run(recipe, model, options, seed, pins) for options in recipe.configurations(model)]
-            if "w" not in {run.settings["preset"] for run in tuned}:
+            scored = tuned_runs(recipe, model, recipe.configurations(model), seed, pins)
+            if "w" not in {run.labels["preset"] for run in scored}:
                 raise recipe.error(
                     "finetune", "an ablation of W needs the preset w, and not-w or all to hold it against."
                 )
-            for run in tuned:
-                precision = run.settings["precision"]
-                runs += score_runs(recipe, run, pins, precisions=[precision], reference=precision)
+            runs += scored
     return runs
 
 

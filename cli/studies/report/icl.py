@@ -123,6 +123,27 @@ def _by_model(scored: list[Finished]) -> list[Row]:
     return rows
 
 
+def _beside(members: list[Finished], shots: int) -> Row:
+    """Accuracy (%) and perplexity of the tasks that are shown beside the mean, LAMBADA in the papers."""
+    found: Row = {}
+    for task, of_runs in _perplexed(members).items():
+        if task.endswith(f"_{shots}shot"):
+            name = task.removesuffix(f"_{shots}shot").rpartition("gap_")[2].removeprefix("mini_")
+            found[f"{name} acc"] = 100 * float(np.mean([each["acc,none"] for each in of_runs]))
+            found[f"{name} ppl"] = float(np.mean([each["perplexity,none"] for each in of_runs]))
+    return found
+
+
+def _perplexed(members: list[Finished]) -> dict[str, list[dict[str, float]]]:
+    """Task with a perplexity to its results in each run."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for each in members:
+        for task, figures in each.tasks.items():
+            if "perplexity,none" in figures:
+                found.setdefault(task, []).append(figures)
+    return found
+
+
 def _published_rows() -> dict[tuple[str, str, str], dict[str, str]]:
     """Family, size and shots to the row that the papers print."""
     return {(row["family"], row["size"], row["num_fewshot"]): row for row in published("icl_pretrained")}
@@ -150,10 +171,12 @@ def _accuracies(scored: list[Finished]) -> list[Row]:
             row: Row = {"model": f"{family} {size}", "shots": shots}
             for benchmark in correct[0]:
                 row[benchmark] = float(np.mean([100 * np.mean(each[benchmark][shots]) for each in correct]))
+            row |= _beside(members, shots)
             rows.append(row)
             printed = theirs.get((family, size, str(shots)))
             if printed and tuning_of(members[0]) == "pretrained":
                 own = {name: printed.get(f"{name}_acc") for name in correct[0]}
+                own |= {name: printed["lambada_" + name.rpartition(" ")[2]] for name in _beside(members, shots)}
                 values = {name: float(value) if value else None for name, value in own.items()}
                 rows.append({"model": "published", "shots": shots} | values)
     return rows

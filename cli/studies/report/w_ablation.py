@@ -74,18 +74,10 @@ def _measures(finished: Finished) -> dict[str, dict[str, Any]]:
             task = name if len(study.benchmarks) == 1 else f"{name} {benchmark}"
             correct = next(iter(by_shots.values()))
             found[task] = {"shown": 100 * float(np.mean(correct)), "correct": correct, "sign": 1}
-            perplexity = _perplexity(finished, study.cells[benchmark, study.shot_counts[0]].task)
+            perplexity = finished.tasks[study.cells[benchmark, study.shot_counts[0]].task].get("perplexity,none")
             if perplexity is not None:
                 found[f"{task} ppl"] = {"shown": perplexity, "correct": None, "sign": -1}
     return found
-
-
-def _perplexity(finished: Finished, task: str) -> float | None:
-    import json
-
-    (file,) = (finished.directory / "lm_eval").glob("results_*.json")
-    value = json.loads(file.read_text(encoding="utf-8"))["results"][task].get("perplexity,none")
-    return float(value) if value is not None else None
 
 
 def _against_w(measured: dict[Any, Any], presets: list[str], tasks: list[str]) -> tuple[list[Row], list[Row]]:

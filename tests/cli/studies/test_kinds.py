@@ -25,7 +25,12 @@ SMALLER = {
     "stability": {"tokens: 128": "tokens: 16", "seeds: 3": "seeds: 2"},
 }
 SAYS = {
-    "icl": ["AIPSS, published", "Mamba 130M", "published | 0 | 35.3 | 64.5", "AIPSS of one family over"],
+    "icl": [
+        "AIPSS, published",
+        "Mamba 130M",
+        "published | 0 | 35.3 | 64.5 | 48 | 24.2 | 44.8 | 44.3 | 16.07 |",
+        "AIPSS of one family over",
+    ],
     "divergence": ["| published |", "fp16", "Mean divergence from fp32"],
     "throughput": ["ATPS", "MMPT", "memory (%)", "full bf16", "cpu, 1 threads"],
     "robustness": ["Spread over configurations", "max - min", "mini_arc_easy"],

@@ -37,7 +37,7 @@ MISTAKES = (
     (TINY.replace("max_steps: 4", "seed: 4"), "my.yaml:7: finetune cannot set seed: that is said by seeds"),
     (TINY.replace("full, sll", "all, sll"), "my.yaml:3: 0 of the 2 configurations of Mamba mini on embedded are the"),
     (TINY.replace("  max_steps: 4", "  r: 8"), "my.yaml:3: Mamba mini: --preset full trains every weight"),
-    (TINY.replace("mini]", "EleutherAI/pythia-160m]").replace("sll", "w"), "my.yaml:2: Pythia 160M has no preset"),
+    (TINY.replace("[mini]", "[EleutherAI/pythia-1b]").replace("sll", "w"), "my.yaml:2: Pythia 1B has no preset 'w'"),
     ("study: stability\nmodels: [EleutherAI/pythia-160m]\ntext: embedded\n", "my.yaml:2: Pythia 160M is a gpt_neox"),
     ("study: stability\nmodels: [mini]\ntext: book.txt\n", "my.yaml:3: text is embedded, a file (./book.txt)"),
 )  # fmt: skip
