@@ -32,7 +32,7 @@ SAYS = {
         "AIPSS of one family over",
     ],
     "divergence": ["| published |", "fp16", "Mean divergence from fp32"],
-    "throughput": ["ATPS", "MMPT", "memory (%)", "full bf16", "cpu, 1 threads"],
+    "throughput": ["ATPS", "MMPT", "memory (%)", "full bf16", "cpu, "],
     "robustness": ["Spread over configurations", "max - min", "mini_arc_easy"],
     "w-ablation": ["W only", "How often W alone is ahead", "all but W", "both layers", "4.54", "mini_lambada ppl"],
     "stability": ["λ_max", "positive", "bf16", "±"],

@@ -28,7 +28,7 @@ class Scripted:
         self.waiting.append(run)
 
     def wait(self):
-        run = self.waiting.pop(0)
+        run = self.waiting.pop()  # the last first: order is the runner's business
         self.done.append(run.id)
         return [(run, self.say(run))]
 
