@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INTERPRETER := $(VENV)/interpreter
 
-.PHONY: demo test lint format typecheck clean
+.PHONY: demo test test-triton lint format typecheck clean
 
 # Both models at once, a core each: most of the time goes into lm-eval's own start-up.
 DEMO := OMP_NUM_THREADS=1 $(BIN)/lm_eval --model mamba_amp --tasks icl_gap_mini --batch_size 64 --model_args
@@ -21,6 +22,20 @@ demo: $(INSTALLED)
 # Two workers with a thread each: most tests wait for Python, few for arithmetic.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(MAKE) --no-print-directory test-triton
+else
+	@echo "The Triton kernels are not tested here: Triton has wheels for Linux only."
+endif
+
+# The Triton kernels in Triton's interpreter, with the numpy that it needs in front of ours.
+test-triton: $(INSTALLED) $(INTERPRETER)/.installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(BIN)/python -m pytest -n 2 tests/triton
+
+$(INTERPRETER)/.installed: tests/triton/requirements.txt
+	$(PYTHON) -c "import shutil; shutil.rmtree('$(INTERPRETER)', ignore_errors=True)"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(INTERPRETER) --requirement $<
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

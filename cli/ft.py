@@ -14,7 +14,7 @@ from typing import Any
 import click
 import yaml
 
-from .settings import ADAPTER_ONLY, PRESET_CHOICES
+from .settings import ADAPTER_ONLY, PRESET_CHOICES, RECOMPUTE_CHOICES
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial", "inverse_sqrt")
 # Options that say what to do and not what the run is.
@@ -138,9 +138,15 @@ def _positive(**kwargs: Any) -> Any:
     help="Fill sequences of --max-length with several documents, whose states are kept apart.",
 )
 @click.option(
+    "--recompute",
+    type=click.Choice(RECOMPUTE_CHOICES),
+    help="What a Mamba block makes again in backward rather than keep it: nothing (none), what is cheap (mixer), "
+    "everything but its input (block); auto: the first of these that fits. [default: auto]",
+)
+@click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=False,
-    help="Recompute activations in backward: less memory, about a third more time.",
+    help="transformers' own, for models of any family: every layer runs again in backward.",
 )
 @click.option(
     "--seed",
@@ -150,6 +156,11 @@ def _positive(**kwargs: Any) -> Any:
     help="Of the adapter's initial weights, dropout and the order of the data.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--kernels",
+    help="Which kernels the scans and convolutions run: reference, torch, triton, mamba_ssm, or by operation: "
+    "selective_scan=mamba_ssm+ssd=triton. [default: PEFT_MAMBA_KERNELS, else the fastest on the device]",
+)
 @click.option(
     "--eval-steps",
     type=click.IntRange(min=1),
@@ -199,10 +210,12 @@ def main(ctx: click.Context, **options: Any) -> None:
         options, sources = _of_the_run(options, sources)
     # Imported now: torch, transformers and TRL take seconds, which --help and a typing error need not wait for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from peft_mamba import kernels
+
     from .errors import explained
     from .finetune import finetune
 
-    with explained(options):
+    with explained(options), kernels.use(options["kernels"]):
         status = finetune(options, sources, resume=resume, dry_run=dry_run, evaluate=evaluate)
     sys.exit(status)
 

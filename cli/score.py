@@ -31,6 +31,8 @@ def evaluation_command(settings: Settings, tasks: str) -> list[str]:
         if settings.revision:
             names["revision"] = settings.revision
     names["dtype"] = settings.precision
+    if settings.kernels:
+        names["kernels"] = settings.kernels.replace(",", "+")  # the comma separates lm_eval's own arguments
     arguments = ",".join(f"{name}={value}" for name, value in names.items())
     return ["lm_eval", "--model", "mamba_amp", "--model_args", arguments, "--tasks", tasks]
 

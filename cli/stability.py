@@ -98,7 +98,7 @@ def stability_command(
         parsed = list({each.name: each for each in map(Precision.parse, precisions)}.values())
         for precision in parsed:
             precision.check_device(where)
-        used_kernels = kernels.select(where.type)
+        kernels.select(where.type)
         _check_family(model, revision)
         input_ids = _read(model, revision, text, tokens)
         adapter = SavedAdapter.read(peft) if peft else None
@@ -127,7 +127,7 @@ def stability_command(
                 "sha256_of_ids": hashlib.sha256(json.dumps(input_ids.tolist()).encode()).hexdigest(),
             },
             "device": str(where),
-            "kernels": {"kernels": used_kernels.name, "reason": used_kernels.reason, **used_kernels.paths},
+            "kernels": kernels.describe(where.type),
             "versions": versions(),
             "precisions": [precision.as_dict() for precision in parsed],
             "exponents": {"unit": unit, "in": "nats per token", "layers": [asdict(layer) for layer in found.layers]},

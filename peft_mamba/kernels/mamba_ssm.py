@@ -1,12 +1,10 @@
-"""The same operations through the CUDA and Triton kernels of mamba-ssm and causal-conv1d, where those are installed.
+"""The scans through the CUDA and Triton kernels of mamba-ssm, where that is installed.
 
-What they cannot do goes to `chunked`, call by call, so that a result never depends on which of them ran:
+What they cannot do goes to our own, call by call, so that a result never depends on which of them ran:
 
-    selective_scan   a state that needs a gradient, seq_idx, float64: selective_scan_fn has none of these
-    ssd              single tokens, which it pads to a chunk; float64; and float32 unless TF32 is allowed, since its
-                     Triton kernels multiply float32 in TF32
-    causal_conv1d    seq_idx together with an initial state, widths other than 2 to 4, channel counts that are no
-                     multiple of 8, float64, or no causal-conv1d
+    selective_scan   a state that needs a gradient, seq_idx, cu_seqlens, float64: selective_scan_fn has none of these
+    ssd              cu_seqlens; single tokens, which it pads to a chunk; float64; and float32 unless TF32 is allowed,
+                     since its Triton kernels multiply float32 in TF32
 """
 
 from __future__ import annotations
@@ -19,24 +17,14 @@ from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-from . import chunked
+from .choice import ours
 from .reference import Tensor, zero_padding
-
-try:
-    from causal_conv1d import causal_conv1d_fn
-except ImportError as error:  # `paths` below says so wherever the choice of kernels is shown
-    causal_conv1d_fn, _no_conv = None, str(error)
 
 SSD_CHUNK = 256
 # Triton's own switch, read when a kernel is compiled: without it a float32 product carries an error of about 1e-3.
 FLOAT32_EXACT = os.environ.get("TRITON_F32_DEFAULT") == "ieee"
 # Tokens at a time of what an initial state adds to the output: (B, T, D, N) float32.
 CARRY_CHUNK = 16
-
-
-def paths() -> dict[str, str]:
-    """Operations that another implementation always runs here, and why."""
-    return {} if causal_conv1d_fn is not None else {"causal_conv1d": f"torch (no causal-conv1d: {_no_conv})"}
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -60,13 +48,15 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`; u, delta, B, C and z are taken in u's dtype, the rest in float32."""
     stateful = initial_state is not None or return_final_state
     with_gradient = _needs_grad(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if seq_idx is not None or u.dtype == torch.float64 or u.shape[1] == 0 or (stateful and with_gradient):
-        return chunked.selective_scan(
+    apart = seq_idx is not None or cu_seqlens is not None
+    if apart or u.dtype == torch.float64 or u.shape[1] == 0 or (stateful and with_gradient):
+        return ours("selective_scan")(
             u,
             delta,
             A,
@@ -78,6 +68,7 @@ def selective_scan(
             initial_state=initial_state,
             lengths=lengths,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
         )
     delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
@@ -134,12 +125,13 @@ def ssd(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd` through mamba-ssm's Triton kernels, gradients of both states included."""
     too_coarse = x.dtype == torch.float32 and not (FLOAT32_EXACT or torch.backends.cuda.matmul.allow_tf32)
-    if too_coarse or x.dtype == torch.float64 or x.shape[1] <= 1:
-        return chunked.ssd(
+    if too_coarse or cu_seqlens is not None or x.dtype == torch.float64 or x.shape[1] <= 1:
+        return ours("ssd")(
             x,
             dt,
             A,
@@ -149,6 +141,7 @@ def ssd(
             initial_state=initial_state,
             lengths=lengths,
             seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
         )
     result = mamba_chunk_scan_combined(
@@ -164,42 +157,3 @@ def ssd(
         return_final_states=return_final_state,
     )
     return result if return_final_state else (result, None)
-
-
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> Tensor:
-    """`reference.causal_conv1d` through causal-conv1d, channel-last."""
-    unsupported = (
-        causal_conv1d_fn is None
-        or (seq_idx is not None and initial_state is not None)
-        or weight.shape[1] not in (2, 3, 4)
-        or x.shape[1] == 0
-        or x.shape[2] % 8
-        or x.dtype == torch.float64
-    )
-    if unsupported:
-        return chunked.causal_conv1d(
-            x, weight, bias, activation=activation, initial_state=initial_state, seq_idx=seq_idx
-        )
-    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
-        x = x.contiguous()
-    before = None
-    if initial_state is not None:
-        # (B, K-1, D) contiguous, seen channel-first: the layout that the channel-last kernel asks for.
-        before = initial_state.to(x.dtype).contiguous().transpose(1, 2)
-    y = causal_conv1d_fn(
-        x.transpose(1, 2),
-        weight,
-        bias,
-        seq_idx=None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
-        initial_states=before,
-        activation=activation,
-    )
-    return y.transpose(1, 2)

@@ -9,9 +9,16 @@ Every function takes the same three optional descriptions of the rows of a batch
     initial_state   what the row's earlier tokens left behind; zero where there were none
     lengths  (B,)   tokens at and after position lengths[b] are padding and leave the state as it is
     seq_idx  (B, L) int, constant within a document and changing at the first token of the next: no state crosses
+
+or, in place of the last two, a row of sequences laid end to end, each with states of its own:
+
+    cu_seqlens  (S+1,) int32 on the tensors' device, from 0 to L: B is 1, and sequence s is the tokens cu_seqlens[s] to
+                cu_seqlens[s+1], none where the two are equal. Initial and final states have S in place of B.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +48,39 @@ def zero_padding(dt: Tensor, lengths: Tensor | None) -> Tensor:
     return dt.masked_fill(padding[..., None], 0.0)
 
 
+def check_packed(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> int:
+    """How many sequences `cu_seqlens` tells of, after a look at what goes with it; none at its values, on the device.
+
+    Raises:
+        ValueError: x has several rows, cu_seqlens is no vector, the initial state has not one entry a sequence, or
+            lengths or seq_idx are given as well.
+    """
+    if lengths is not None or seq_idx is not None:
+        raise ValueError("cu_seqlens says where sequences start and end; give no lengths and no seq_idx with it.")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; expected integers of shape (S+1,)."
+        )
+    if len(x) != 1:
+        raise ValueError(f"cu_seqlens divides one row into sequences; this batch has {len(x)} rows.")
+    sequences = len(cu_seqlens) - 1
+    if initial_state is not None and len(initial_state) != sequences:
+        raise ValueError(f"initial_state has {len(initial_state)} entries for the {sequences} sequences of cu_seqlens.")
+    return sequences
+
+
+def sequences_of(cu_seqlens: Tensor) -> list[slice]:
+    """The tokens of each sequence."""
+    bounds = cu_seqlens.tolist()
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
 def step_size(delta: Tensor, delta_bias: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Mamba-1's Δ = softplus(delta + delta_bias), in the accumulator's dtype, zero on padding. (B, L, D)."""
     delta = delta.to(accumulator_dtype(delta))
@@ -62,6 +102,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba-1's scan: Algorithm 2 of "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2312.00752).
@@ -77,7 +118,23 @@ def selective_scan(
 
     Returns:
         y (B, L, D) in u's dtype, and h after the last token of each row, (B, D, N), if asked for, else None.
+
+    Raises:
+        ValueError: cu_seqlens does not go with the other arguments.
     """
+    if cu_seqlens is not None:
+        check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
+        parts = [
+            selective_scan(
+                *(u[:, part], delta[:, part], A, B[:, part], C[:, part], D),
+                z=None if z is None else z[:, part],
+                delta_bias=delta_bias,
+                initial_state=None if initial_state is None else initial_state[s : s + 1],
+                return_final_state=True,
+            )
+            for s, part in enumerate(sequences_of(cu_seqlens))
+        ]
+        return _joined(parts, u, u.new_zeros(0, *A.shape, dtype=accumulator_dtype(u)), return_final_state)
     dtype = accumulator_dtype(u)
     dt = step_size(delta, delta_bias, lengths)
     starts = first_of_document(seq_idx)
@@ -91,6 +148,14 @@ def selective_scan(
         outputs.append((h * C[:, t, None, :]).sum(-1))
     y = torch.stack(outputs, dim=1) if outputs else x
     return skip_and_gate(y, x, D, z).to(u.dtype), h if return_final_state else None
+
+
+def _joined(
+    parts: list[tuple[Tensor, Any]], like: Tensor, none: Tensor, return_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs and states of the sequences of a row, put together; like `like` and `none` where there is no sequence."""
+    y = torch.cat([y for y, _ in parts], dim=1) if parts else torch.zeros_like(like)
+    return y, torch.cat([none, *(h for _, h in parts)]) if return_final_state else None
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -111,6 +176,7 @@ def ssd(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba-2's scan, the recurrent form of state-space duality ("Transformers are SSMs", 2405.21060, section 6).
@@ -126,7 +192,22 @@ def ssd(
 
     Returns:
         y (B, L, H, P) in x's dtype, and h after the last token of each row, (B, H, P, N), if asked for, else None.
+
+    Raises:
+        ValueError: cu_seqlens does not go with the other arguments.
     """
+    if cu_seqlens is not None:
+        check_packed(x, cu_seqlens, initial_state, lengths, seq_idx)
+        parts = [
+            ssd(
+                *(x[:, part], dt[:, part], A, B[:, part], C[:, part], D),
+                initial_state=None if initial_state is None else initial_state[s : s + 1],
+                return_final_state=True,
+            )
+            for s, part in enumerate(sequences_of(cu_seqlens))
+        ]
+        none = x.new_zeros(0, *x.shape[2:], B.shape[-1], dtype=accumulator_dtype(x))
+        return _joined(parts, x, none, return_final_state)
     dtype = accumulator_dtype(x)
     dt = zero_padding(dt.to(dtype), lengths)
     starts = first_of_document(seq_idx)
@@ -155,6 +236,7 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Depthwise convolution over time that sees no later token: y_t = act(bias + Σ_k weight_k x_{t-K+1+k}).
 
@@ -165,7 +247,13 @@ def causal_conv1d(
 
     Returns:
         (B, L, D) in x's dtype.
+
+    Raises:
+        ValueError: activation is neither, or cu_seqlens does not go with the other arguments.
     """
+    if cu_seqlens is not None:
+        check_packed(x, cu_seqlens, initial_state, seq_idx=seq_idx)
+        return _packed_conv1d(x, weight, bias, activation, initial_state, cu_seqlens)
     dtype, (_, length, _), width = accumulator_dtype(x), x.shape, weight.shape[1]
     before = x.new_zeros(len(x), width - 1, x.shape[2]) if initial_state is None else initial_state
     # (before, x) at offset k lines up tap k with each output position.
@@ -175,15 +263,49 @@ def causal_conv1d(
     for k in range(width):
         tap = inputs[:, k : k + length]
         back = width - 1 - k
-        if seq_idx is not None and 0 < back < length:
+        if seq_idx is not None and back > 0:
             other = torch.zeros_like(seq_idx, dtype=torch.bool)
             other[:, back:] = seq_idx[:, back:] != seq_idx[:, :-back]
             # What lies before the row belongs to its first document only.
             other[:, :back] = seq_idx[:, :back] != seq_idx[:, :1]
             tap = tap.masked_fill(other[..., None], 0.0)
         y = y + tap * weight[:, k]
-    if activation == "silu":
-        y = F.silu(y)
-    elif activation is not None:
+    return _activated(y, activation).to(x.dtype)
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return y
+    if activation != "silu":
         raise ValueError(f"activation is 'silu' or None, not {activation!r}")
-    return y.to(x.dtype)
+    return F.silu(y)
+
+
+def _packed_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """`causal_conv1d` over a packed row in one pass: each tap of a token is a row of (the tokens, what came before)."""
+    dtype, (_, length, channels), width = accumulator_dtype(x), x.shape, weight.shape[1]
+    starts = cu_seqlens[:-1].long()
+    sequence = torch.repeat_interleave(
+        torch.arange(len(starts), device=x.device), cu_seqlens.diff().long(), output_size=length
+    )
+    token = torch.arange(length, device=x.device)
+    before = x.new_zeros(1, channels) if initial_state is None else initial_state.flatten(0, 1)
+    inputs = torch.cat([x[0].to(dtype), before.to(dtype)])
+    weight = weight.to(dtype)
+    y = inputs.new_zeros(()) if bias is None else bias.to(dtype)
+    for k in range(width):
+        back = width - 1 - k
+        place = token - starts[sequence] - back  # of the tap in its sequence, negative before its first token
+        outside = width - 1 + place + sequence * (width - 1) if initial_state is not None else 0
+        tap = (
+            inputs.index_select(0, torch.where(place >= 0, token - back, length + outside)) if back else inputs[:length]
+        )
+        y = torch.addcmul(y, tap, weight[:, k])
+    return _activated(y, activation).to(x.dtype)[None]

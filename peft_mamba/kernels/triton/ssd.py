@@ -1,0 +1,255 @@
+"""Mamba-2's scan in Triton, forward and backward; shapes and meanings as in `reference`, the kernels in `ssd_kernels`.
+
+Backward keeps the inputs alone and recomputes the states between chunks, which are larger than all of them. bfloat16
+is multiplied in bfloat16, as the tensor cores do, and summed in float32. float16 is multiplied in TF32, which has its
+mantissa and float32's range: states grow beyond what float16 holds. float32 is multiplied in float32, unless
+`torch.backends.cuda.matmul.allow_tf32`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from .. import chunked
+from ..reference import check_packed
+from . import ssd_kernels as kernels
+from .common import Tensor, interpreted, row_strides
+
+# What the registers hold; wider heads go to `chunked`.
+MAX_HEAD_SIZE = 128
+# Tokens a chunk, and columns of the state at a time. float32 operands take twice the room.
+CHUNK, CHUNK_FLOAT32 = 64, 32
+STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 64, 32
+# Warps and stages of the pipeline at which the registers suffice, for bfloat16 and for the others.
+LAUNCH = {
+    "states": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "outputs": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "value_gradients": ({"num_warps": 8, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "key_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 8, "num_stages": 1}),
+}
+# A program of `key_gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
+MAX_BLOCK_HEADS, PROGRAMS = 8, 1024
+
+
+class _Plan(NamedTuple):
+    """Sizes and constants of one call, as the kernels take them."""
+
+    batch: int
+    length: int
+    heads: int
+    head_size: int
+    groups: int
+    state_size: int
+    sequences: int
+    chunks: int  # of a row of the batch
+    slots: int
+    float32: bool
+    constants: dict
+    tile: dict  # P, which covers a head, and N, of which a program takes one after the other
+
+    @classmethod
+    def of(cls, x: Tensor, B: Tensor, lengths: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None):
+        (batch, length, heads, head_size), (groups, state_size) = x.shape, B.shape[2:]
+        bfloat16 = x.dtype == torch.bfloat16
+        chunk = CHUNK if bfloat16 else CHUNK_FLOAT32
+        chunks = triton.cdiv(length, chunk)
+        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        tf32 = x.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
+        constants = {
+            "HAS_LENGTHS": lengths is not None,
+            "HAS_SEQ_IDX": seq_idx is not None,
+            "PACKED": cu_seqlens is not None,
+            "PRECISE": x.dtype == torch.float32,
+            # The interpreter multiplies bfloat16's bits as if they were integers.
+            "DOT": tl.bfloat16 if bfloat16 and not interpreted() else tl.float32,
+            "INPUT": "tf32" if tf32 else "ieee",
+            "Q": chunk,
+        }
+        columns = min(STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32, triton.next_power_of_2(state_size))
+        tile = {"P": max(16, triton.next_power_of_2(head_size)), "N": max(16, columns)}
+        slots = batch * chunks if cu_seqlens is None else length // chunk + sequences
+        return cls(
+            *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, not bfloat16),
+            *(constants, tile),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What every kernel takes, in their order."""
+        return self.length, self.chunks, self.heads, self.group_heads, self.head_size, self.state_size
+
+    @property
+    def group_heads(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def block_heads(self) -> int:
+        return max(1, min(MAX_BLOCK_HEADS, self.group_heads, self.slots * self.heads // PROGRAMS))
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.group_heads, self.block_heads)
+
+    def state_tiles(self) -> tuple[int, int]:
+        """Tiles of the state that a program carries through a sequence: small where there are few sequences."""
+        largest = 32 if self.sequences * self.heads < PROGRAMS else 64
+        return tuple(max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
+
+    def states(self, x: Tensor) -> Tensor:
+        dtype = torch.float32 if self.float32 else torch.bfloat16
+        return torch.empty(self.slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
+
+    def table(self, cu_seqlens: Tensor | None) -> Tensor | None:
+        if cu_seqlens is None:
+            return None
+        table = torch.full((self.slots,), -1, dtype=torch.int32, device=cu_seqlens.device)
+        kernels.chunk_table[(self.sequences,)](cu_seqlens, table, Q=self.constants["Q"], num_warps=1)
+        return table
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3]
+
+
+def _states(plan: _Plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state) -> None:
+    p, n = plan.state_tiles()
+    tiles = triton.cdiv(plan.head_size, p) * triton.cdiv(plan.state_size, n)
+    kernels.states[(plan.sequences, plan.heads, tiles)](
+        *(x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state),
+        *(*plan.sizes, *_strides(x), *_strides(B)),
+        HAS_INITIAL=initial_state is not None,
+        WITH_FINAL=final_state is not None,
+        WITH_STATES=True,
+        **plan.constants,
+        P=p,
+        N=n,
+        **LAUNCH["states"][plan.float32],
+    )
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state):
+        plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens)
+        ctx.set_materialize_grads(False)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
+        final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
+        with torch.cuda.device_of(x):
+            h = plan.states(x)
+            _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state)
+            kernels.outputs[(plan.slots * plan.heads,)](
+                *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, plan.table(cu_seqlens), h, y),
+                *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C)),
+                HAS_D=D is not None,
+                **plan.constants,
+                **plan.tile,
+                **LAUNCH["outputs"][plan.float32],
+            )
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal):  # type: ignore[override]  # mypy sees the decorator, not the method
+        x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens = ctx.saved_tensors
+        plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
+        dy = torch.zeros_like(x) if dy is None else row_strides(dy)
+
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=x.device)
+
+        dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape)
+        dA = empty(plan.slots, plan.heads)
+        dD = None if D is None else empty(plan.slots, plan.heads)
+        # Sums of one block of heads each; B and C themselves where there is but one block.
+        partial = B.dtype if plan.blocks == 1 else torch.float32
+        dB, dC = (empty(plan.blocks, *B.shape, dtype=partial) for _ in range(2))
+        dinitial = None if initial_state is None else torch.empty_like(initial_state)
+        with torch.cuda.device_of(x):
+            h, g = plan.states(x), plan.states(x)
+            _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, None)
+            p, n = plan.state_tiles()
+            tiles = triton.cdiv(plan.head_size, p) * triton.cdiv(plan.state_size, n)
+            kernels.state_gradients[(plan.sequences, plan.heads, tiles)](
+                *(dy, dt, A, C, None if dfinal is None else dfinal.contiguous(), lengths, seq_idx, cu_seqlens, g),
+                *(dinitial, *plan.sizes, *_strides(dy), *_strides(C)),
+                HAS_FINAL=dfinal is not None,
+                WITH_INITIAL=dinitial is not None,
+                **plan.constants,
+                P=p,
+                N=n,
+                **LAUNCH["states"][plan.float32],
+            )
+            table = plan.table(cu_seqlens)
+            kernels.value_gradients[(plan.slots * plan.heads,)](
+                *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dD),
+                *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
+                HAS_D=D is not None,
+                **plan.constants,
+                **plan.tile,
+                **LAUNCH["value_gradients"][plan.float32],
+            )
+            programs = plan.slots * plan.groups * plan.blocks * triton.cdiv(plan.state_size, plan.tile["N"])
+            kernels.key_gradients[(programs,)](
+                *(x, dt, A, B, C, lengths, seq_idx, cu_seqlens, table, h, g, dy, dB, dC),
+                *(plan.batch, plan.length, plan.chunks, plan.heads, plan.group_heads, plan.block_heads, plan.blocks),
+                *(plan.head_size, plan.state_size, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
+                **plan.constants,
+                **plan.tile,
+                **LAUNCH["key_gradients"][plan.float32],
+            )
+        dB, dC = (partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype) for partial in (dB, dC))
+        dD = None if dD is None else dD.sum(0)
+        return dx, ddt, dA.sum(0), dB, dC, dD, dinitial, None, None, None, None
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.ssd`; float64, empty inputs and heads wider than MAX_HEAD_SIZE go to `chunked`.
+
+    x, B and C may be slices of something wider, as long as their last dimension is contiguous; B and C are taken in x's
+    dtype. First derivatives only.
+    """
+    if x.dtype == torch.float64 or x.numel() == 0 or x.shape[3] > MAX_HEAD_SIZE:
+        return chunked.ssd(
+            *(x, dt, A, B, C, D),
+            initial_state=initial_state,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
+    if cu_seqlens is not None:
+        check_packed(x, cu_seqlens, initial_state, lengths, seq_idx)
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    return _SSD.apply(
+        row_strides(x),
+        dt.float().contiguous(),
+        A.float().contiguous(),
+        row_strides(B.to(x.dtype)),
+        row_strides(C.to(x.dtype)),
+        None if D is None else D.float().contiguous(),
+        None if initial_state is None else initial_state.float().contiguous(),
+        None if lengths is None else lengths.to(torch.int32).contiguous(),
+        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+        cu_seqlens,
+        return_final_state,
+    )
