@@ -1,9 +1,9 @@
 """Depthwise causal convolution in Triton, channel-last, forward and backward; shapes and meanings as in `reference`.
 
-Both passes are bound by memory. Forward takes a tile of tokens and channels and reads it once for each tap, of which all
-but one come out of the cache. Backward walks a strip of channels through time with the last inputs and the unfinished
-gradients in registers: it recomputes what went into the activation, and reads each value once. Sums over tokens are
-made in a fixed order, so that the same inputs give the same bits.
+Both passes are bound by memory. Forward takes a tile of tokens and channels and reads it once for each tap, of which
+all but one come out of the cache. Backward walks a strip of channels through time with the last inputs and the
+unfinished gradients in registers: it recomputes what went into the activation, and reads each value once. Sums over
+tokens are made in a fixed order, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ MAX_WIDTH = 8
 FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS = 16, 128, 4
 # A warp with four channels a thread. A program's strip starts with width - 1 tokens of which it only needs the sums.
 BACKWARD_TOKENS, BACKWARD_CHANNELS, BACKWARD_WARPS = 128, 128, 1
+# Differ from batch to batch: no kernel is compiled anew for a multiple of 16 or a 1 among them.
+VARYING = ["length", "tiles", "sequences", "steps"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _forward(
     x,
     weight,
@@ -94,7 +96,7 @@ def _forward(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _backward(
     x,
     weight,
@@ -229,7 +231,7 @@ def _backward(
             tl.store(dweight + at, totals[back], mask=in_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _backward_initial(
     x,
     weight,

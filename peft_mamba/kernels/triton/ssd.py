@@ -19,6 +19,7 @@ from .. import chunked
 from ..reference import check_packed
 from . import ssd_kernels as kernels
 from .common import Tensor, interpreted, row_strides
+from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
@@ -235,6 +236,13 @@ def ssd(
             lengths=lengths,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
+    if is_step(x, cu_seqlens, dt, A, B, C, D, initial_state):
+        return ssd_step(
+            *(x, dt, A, B, C, D),
+            initial_state=initial_state,
+            lengths=lengths,
             return_final_state=return_final_state,
         )
     if cu_seqlens is not None:
