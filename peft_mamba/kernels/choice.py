@@ -175,7 +175,6 @@ def _select(device: str, asked: str | None) -> Kernels:
     chosen = {operation: _choose(operation, device, forced.get(operation)) for operation in OPERATIONS}
     names = {operation: name for operation, (name, _) in chosen.items()}
     reasons = {operation: reason for operation, (_, reason) in chosen.items()}
-    # The shortest says what holds for all; where an operation has its own reason, it stands there.
     same = len(set(names.values())) == 1
     return Kernels(
         name=names["ssd"] if same else ",".join(f"{operation}={name}" for operation, name in names.items()),
@@ -184,7 +183,7 @@ def _select(device: str, asked: str | None) -> Kernels:
             operation: name if len(set(reasons.values())) == 1 else f"{name} ({reasons[operation]})"
             for operation, name in names.items()
         },
-        **{operation: _load(name, operation)[0] for operation, name in names.items()},
+        **{operation: _load(name, operation)[0] for operation, name in names.items()},  # type: ignore[arg-type]
     )
 
 

@@ -14,6 +14,8 @@ A slot is a chunk's place in the buffers of states. The rows of a batch have `ch
 packed row starts at slot cu_seqlens[s] // Q + s, which leaves enough for those before it, and `table` tells whose a
 slot is.
 """
+# mypy: ignore-errors
+# (Triton's language shares Python's syntax, not its types.)
 
 from __future__ import annotations
 
