@@ -10,12 +10,17 @@ at --bandwidth. --packed lays the tokens end to end in sequences of about 100 to
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import click
 import torch
+import triton
 from triton.testing import do_bench
 
 from peft_mamba import kernels
+from peft_mamba.kernels.triton import ssd as module
+from peft_mamba.kernels.triton import ssd_kernels
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = ((16, 2048), (128, 512), (1, 32768))
@@ -56,6 +61,37 @@ def milliseconds(operation, tensors, dy) -> list[float]:
     return [do_bench(work, warmup=50, rep=200, return_mode="median") for work in (operation, both)]
 
 
+def sweep(tensors, dy, described: dict) -> None:
+    """Constants of ours: for each size of chunks and tiles the fastest warps and stages of every kernel."""
+    for chunk, columns, few in itertools.product((64, 128), (64, 32), (0, module.FEW_SEQUENCES)):
+        module.CHUNK, module.STATE_COLUMNS, module.FEW_SEQUENCES = chunk, columns, few
+        best: dict[str, tuple[float, str]] = {}
+        for warps, stages in itertools.product((4, 8), (1, 2, 3)):
+            launch = {"num_warps": warps, "num_stages": stages}
+            module.LAUNCH = dict.fromkeys(module.LAUNCH, (launch, launch))
+            try:
+                found = kernel_times(tensors, dy, described)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            for name, time in found.items():
+                best[name] = min(best.get(name, (math.inf, "")), (time, f"{warps} warps, {stages} stages"))
+        total = sum(time for time, _ in best.values())
+        print(f"  chunk {chunk}, columns {columns}, few sequences {few}: {total:.3f} ms", flush=True)
+        for name, (time, launch) in best.items():
+            print(f"    {name:16} {time:.3f} ms with {launch}")
+
+
+def kernel_times(tensors, dy, described: dict) -> dict[str, float]:
+    """Milliseconds of each of our kernels in a forward and backward, the mean of five."""
+    for runs in (2, 5):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(runs):
+                torch.autograd.grad(module.ssd(*tensors, **described)[0], tensors, dy)
+            torch.cuda.synchronize()
+    times = {event.key: event.device_time_total / 5e3 for event in profile.key_averages()}
+    return {name: time for name, time in times.items() if hasattr(ssd_kernels, name)}
+
+
 @click.command()
 @click.option("--batch", type=int, help="Default, with --length: 16 x 2048, 128 x 512 and 1 x 32768.")
 @click.option("--length", type=int)
@@ -66,7 +102,8 @@ def milliseconds(operation, tensors, dy) -> list[float]:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--bandwidth", type=float, default=4.3, show_default=True, help="Of the memory, TB/s; 4.3 on an H200.")
 @click.option("--packed", is_flag=True)
-def main(batch, length, heads, groups, head_size, state_size, dtype, bandwidth, packed) -> None:
+@click.option("--sweep", "tune", is_flag=True, help="Try other constants of ours, and show the time of each kernel.")
+def main(batch, length, heads, groups, head_size, state_size, dtype, bandwidth, packed, tune) -> None:
     kind = DTYPES[dtype]
     operations = implementations()
     print(
@@ -98,6 +135,9 @@ def main(batch, length, heads, groups, head_size, state_size, dtype, bandwidth, 
             size * (5 * widths[0] + 6 * widths[1]) / bandwidth / 1e9,
         )
         print(f"B {rows}, L {tokens}{', sequences of 100' if packed else ''}")
+        if tune:
+            sweep(tensors, dy, described["triton"])
+            continue
         times: dict[str, list[float]] = {}
         for name, operation in operations.items():
             if isinstance(operation, str):

@@ -35,6 +35,8 @@ LAUNCH = {
 }
 # A program of `key_gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
 MAX_BLOCK_HEADS, PROGRAMS = 8, 1024
+# Below this many sequences times heads, a sequence's state is divided among more programs.
+FEW_SEQUENCES = 1024
 
 
 class _Plan(NamedTuple):
@@ -98,7 +100,7 @@ class _Plan(NamedTuple):
 
     def state_tiles(self) -> tuple[int, int]:
         """Tiles of the state that a program carries through a sequence: small where there are few sequences."""
-        largest = 32 if self.sequences * self.heads < PROGRAMS else 64
+        largest = 32 if self.sequences * self.heads < FEW_SEQUENCES else 64
         return tuple(max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
 
     def states(self, x: Tensor) -> Tensor:
