@@ -137,7 +137,8 @@ class MambaAMP(PrefixTreeLM):
                     f"{self.precision.weights}. Load it in that dtype, or give weights_dtype={pretrained.dtype}."
                 )
             self.precision.check_device(pretrained.device)
-            use_mixers(pretrained)
+            with mamba_kernels.use(kernels):
+                use_mixers(pretrained)
         super().__init__(
             pretrained=pretrained,
             dtype=self.precision.weights,
@@ -193,7 +194,8 @@ class MambaAMP(PrefixTreeLM):
         self.precision.check_device(self.device)
         adapter = SavedAdapter.read(peft, revision=kwargs.get("revision")) if peft else None
         super()._create_model(pretrained, **kwargs)
-        use_mixers(self._model)
+        with mamba_kernels.use(self._kernels):
+            use_mixers(self._model)
         # HFLM would first shrink padded embeddings to the tokenizer's size, and keep silent about adapter weights that
         # find no layer.
         if adapter is not None:

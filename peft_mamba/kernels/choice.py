@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "PEFT_MAMBA_KERNELS"
 OPERATIONS = ("selective_scan", "ssd", "causal_conv1d")
-# Name to the module of each operation that it brings; a function there has the operation's name and reference's signature.
+# Name to the module of each operation that it brings; a function of that name there has the signature of reference's.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "reference": dict.fromkeys(OPERATIONS, "reference"),
     "torch": dict.fromkeys(OPERATIONS, "chunked"),
@@ -92,7 +92,7 @@ def use(name: str | None) -> Iterator[None]:
 
 
 def describe(device: str) -> dict[str, str]:
-    """What `select` gives on a kind of device, in words, for logs, reports and results: kernels, reason, each operation.
+    """What `select` gives on a kind of device, for logs, reports and results: kernels, reason, each operation.
 
     Does not raise: where forced kernels cannot run, the reason says so.
     """
@@ -104,7 +104,7 @@ def describe(device: str) -> dict[str, str]:
 
 
 def available(device: str = "cuda") -> dict[str, str]:
-    """Name of each implementation to "" where all that it brings runs on this kind of device, else to why it does not."""
+    """Name of each implementation to "" where all that it brings runs on this kind of device, else to why not."""
     return {
         name: next(filter(None, (_unusable(name, operation, device) for operation in operations)), "")
         for name, operations in IMPLEMENTATIONS.items()
@@ -175,7 +175,6 @@ def _select(device: str, asked: str | None) -> Kernels:
     chosen = {operation: _choose(operation, device, forced.get(operation)) for operation in OPERATIONS}
     names = {operation: name for operation, (name, _) in chosen.items()}
     reasons = {operation: reason for operation, (_, reason) in chosen.items()}
-    # The shortest says what holds for all; where an operation has its own reason, it stands there.
     same = len(set(names.values())) == 1
     return Kernels(
         name=names["ssd"] if same else ",".join(f"{operation}={name}" for operation, name in names.items()),
@@ -184,7 +183,7 @@ def _select(device: str, asked: str | None) -> Kernels:
             operation: name if len(set(reasons.values())) == 1 else f"{name} ({reasons[operation]})"
             for operation, name in names.items()
         },
-        **{operation: _load(name, operation)[0] for operation, name in names.items()},
+        **{operation: _load(name, operation)[0] for operation, name in names.items()},  # type: ignore[arg-type]
     )
 
 

@@ -123,6 +123,14 @@ def test_figures_are_what_was_trained(ft, tmp_path):
         assert shown in said
 
 
+def test_kernels_can_be_named(ft, tmp_path):
+    _, said, figures = ft("--kernels", "reference", "--max-steps", "1")
+    assert figures["kernels"]["kernels"] == "reference" and figures["settings"]["kernels"] == "reference"
+    assert "kernels: reference (asked for by name)" in said and ",kernels=reference" in said
+    status, said, _ = ft("--kernels", "selective_scan=mamba_ssm", "--device", "cpu", output=tmp_path / "refused")
+    assert status == 1 and "runs on cuda, not on cpu" in said
+
+
 def test_the_result_of_a_full_fine_tuning_is_an_ordinary_checkpoint(ft, tmp_path):
     assert ft("--preset", "full", "--model", "mini-2")[0] == 0
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -14,6 +14,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_mamba.backend import MambaAMP
+from peft_mamba import KernelError, kernels
 from peft_mamba.adapter_io import AdapterError
 from peft_mamba.checkpoints import CheckpointError
 from peft_mamba.mixers import Mamba2Mixer, MambaMixer
@@ -120,6 +121,19 @@ def test_results_say_what_ran(tiny):
     assert info["adapter"] is None
     assert info["kernel_path"]["kernels"] == "torch" and info["kernel_path"]["reason"]
     assert info["versions"]["torch"] == torch.__version__ and "mamba-ssm" in info["versions"]
+
+
+def test_kernels_can_be_named(tiny):
+    lm = load(MambaAMP, tiny["mamba"], kernels="selective_scan=reference")
+    ran = []
+    lm.model.register_forward_hook(lambda *_: ran.append(kernels.select("cpu").paths["selective_scan"]))
+    lm.loglikelihood(requests("loglikelihood", PAIRS))
+    assert set(ran) == {"reference (asked for by name)"}
+    assert lm.get_model_info()["kernel_path"]["selective_scan"] == "reference (asked for by name)"
+    assert kernels.select("cpu").name == "torch"
+    for wrong, said in (("nonsense", "'nonsense'"), ("mamba_ssm", "runs on cuda, not on cpu")):
+        with pytest.raises(KernelError, match=said):
+            MambaAMP(pretrained="there/is-no-such-model", kernels=wrong, device="cpu")
 
 
 def test_a_loaded_model_is_taken_in_its_own_dtype_only(tiny):

@@ -19,6 +19,7 @@ from .. import chunked
 from ..reference import check_packed
 from . import ssd_kernels as kernels
 from .common import Tensor, interpreted, row_strides
+from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
@@ -34,6 +35,8 @@ LAUNCH = {
 }
 # A program of `key_gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
 MAX_BLOCK_HEADS, PROGRAMS = 8, 1024
+# Below this many sequences times heads, a sequence's state is divided among more programs.
+FEW_SEQUENCES = 1024
 
 
 class _Plan(NamedTuple):
@@ -97,7 +100,7 @@ class _Plan(NamedTuple):
 
     def state_tiles(self) -> tuple[int, int]:
         """Tiles of the state that a program carries through a sequence: small where there are few sequences."""
-        largest = 32 if self.sequences * self.heads < PROGRAMS else 64
+        largest = 32 if self.sequences * self.heads < FEW_SEQUENCES else 64
         return tuple(max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
 
     def states(self, x: Tensor) -> Tensor:
@@ -235,6 +238,13 @@ def ssd(
             lengths=lengths,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
+    if is_step(x, cu_seqlens, dt, A, B, C, D, initial_state):
+        return ssd_step(
+            *(x, dt, A, B, C, D),
+            initial_state=initial_state,
+            lengths=lengths,
             return_final_state=return_final_state,
         )
     if cu_seqlens is not None:

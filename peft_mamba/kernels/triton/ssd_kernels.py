@@ -7,12 +7,15 @@ before the chunk,
     h'  = exp(s_Q) h + Σ_r exp(s_Q - s_r) dt_r x_r B_rᵀ
 
 `states` and `state_gradients` walk through the chunks of a sequence, forwards for h and backwards for its gradient g;
-`outputs`, `value_gradients` and `key_gradients` then take every chunk by itself. Where a document starts inside a chunk,
-the terms that would cross are left out.
+`outputs`, `value_gradients` and `key_gradients` then take every chunk by itself. Where a document starts inside a
+chunk, the terms that would cross are left out.
 
-A slot is a chunk's place in the buffers of states. The rows of a batch have `chunks` of them each; sequence s of a packed
-row starts at slot cu_seqlens[s] // Q + s, which leaves enough for those before it, and `table` tells whose a slot is.
+A slot is a chunk's place in the buffers of states. The rows of a batch have `chunks` of them each; sequence s of a
+packed row starts at slot cu_seqlens[s] // Q + s, which leaves enough for those before it, and `table` tells whose a
+slot is.
 """
+# mypy: ignore-errors
+# (Triton's language shares Python's syntax, not its types.)
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Differ from batch to batch, or make no faster kernel: none is compiled anew for a multiple of 16 or a 1 among them.
+VARYING = ["batch", "length", "chunks", "heads", "group_heads", "block_heads", "blocks"]
 
 
 @triton.jit
@@ -45,7 +50,7 @@ def sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED: tl.constexpr, 
 
 @triton.jit
 def slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED: tl.constexpr, Q: tl.constexpr):
-    """(row, first token, end of the sequence) of a slot; the end is not behind the first token where a slot is empty."""
+    """(row, first token, end of the sequence) of a slot; an empty one does not end behind its first token."""
     if PACKED:
         sequence = tl.load(table + slot)
         known = sequence >= 0
@@ -58,8 +63,8 @@ def slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED: tl.constexpr, Q
 
 @triton.jit
 def steps_of(
-    dt, A, lengths, seq_idx, row, start, stop, length, heads, head, HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr,
-    PRECISE: tl.constexpr, Q: tl.constexpr,
+    dt, A, lengths, seq_idx, row, start, stop, length, heads, head,
+    HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and head: step sizes, s_t / ln 2, s_Q / ln 2, which tokens the state before reaches (1 or 0), which
     tokens reach the state after, whether the former reaches the latter, and the documents counted from the chunk on."""
@@ -104,7 +109,7 @@ def load_tile(pointer, rows, row_stride, row_mask, columns, column_count):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def states(
     x, dt, A, B, initial, lengths, seq_idx, cu_seqlens, h, final,
     length, chunks, heads, group_heads, head_size, state_size,
@@ -146,7 +151,7 @@ def states(
         tl.store(final + (sequence.to(tl.int64) * heads + head) * size + at, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def state_gradients(
     dy, dt, A, C, dfinal, lengths, seq_idx, cu_seqlens, g, dinitial,
     length, chunks, heads, group_heads, head_size, state_size,
@@ -187,7 +192,7 @@ def state_gradients(
         tl.store(dinitial + (sequence.to(tl.int64) * heads + head) * size + at, gradient, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def outputs(
     x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, y,
     length, chunks, heads, group_heads, head_size, state_size,
@@ -229,7 +234,7 @@ def outputs(
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def value_gradients(
     x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dD,
     length, chunks, heads, group_heads, head_size, state_size,
@@ -300,7 +305,7 @@ def value_gradients(
         tl.store(dx + at, dvalues.to(dx.dtype.element_ty), mask=real[:, None] & in_head[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradients(
     x, dt, A, B, C, lengths, seq_idx, cu_seqlens, table, h, g, dy, dB, dC,
     batch, length, chunks, heads, group_heads, block_heads, blocks, head_size, state_size,
