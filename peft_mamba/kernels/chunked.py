@@ -29,7 +29,7 @@ from .reference import (
 
 __all__ = ["causal_conv1d", "selective_scan", "ssd"]
 
-# Values of one (chunk, B, D, N) buffer: 4 MiB of float32, about what the cores' own caches hold.
+# Values of one (chunk, B, N, D) buffer: 4 MiB of float32, about what the cores' own caches hold.
 SCAN_BUFFER = 2**20
 # Tokens a chunk of `ssd`: the score matrices are (SSD_CHUNK, SSD_CHUNK) a head.
 SSD_CHUNK = 64
@@ -67,11 +67,14 @@ def selective_scan(
     """`reference.selective_scan`, chunk by chunk. First derivatives only."""
     dtype = accumulator_dtype(u)
     dt = step_size(delta, delta_bias, lengths)
-    x, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
-    batch, length = (
-        x.shape[:2] if cu_seqlens is None else (check_packed(u, cu_seqlens, initial_state, lengths, seq_idx), 0)
-    )
-    h = x.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(dtype)
+    x, A, B, C = u.to(dtype), A.to(dtype).T.contiguous(), B.to(dtype), C.to(dtype)
+    batch, length, channels = x.shape
+    if cu_seqlens is not None:
+        batch = check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
+    if initial_state is None:
+        h = x.new_zeros(batch, *A.shape)
+    else:
+        h = initial_state.to(dtype).transpose(1, 2).contiguous()
     if cu_seqlens is not None:
         side = _SideBySide.of(cu_seqlens)
         y, h = _Scan.apply(
@@ -85,8 +88,8 @@ def selective_scan(
             None if starts is None else _time_major(starts),
             [batch] * length,
         )
-        y = y.view(length, batch, A.shape[0]).transpose(0, 1)
-    return skip_and_gate(y, x, D, z).to(u.dtype), h if return_final_state else None
+        y = y.view(length, batch, channels).transpose(0, 1)
+    return skip_and_gate(y, x, D, z).to(u.dtype), h.transpose(1, 2) if return_final_state else None
 
 
 def _time_major(x: Tensor) -> Tensor:
@@ -161,12 +164,12 @@ def _buffers(x: Tensor, A: Tensor, chunks: list[_Chunk]) -> tuple[Tensor, Tensor
 def _states(
     dt: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, starts: Tensor | None, rows: list[int], buffers: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Decays exp(Δ_t A) and states h_t of one chunk, of each of its steps (rows, D, N), in `buffers`; h is before."""
+    """Decays exp(Δ_t A) and states h_t of one chunk, of each of its steps (rows, N, D), in `buffers`; h is before."""
     decay, states = (buffer[: len(dt)] for buffer in buffers)
-    torch.mul(dt[..., None], A, out=decay).exp_()
+    torch.mul(dt[:, None, :], A, out=decay).exp_()
     if starts is not None:
         decay.masked_fill_(starts[:, None, None], 0.0)
-    torch.mul((dt * x)[..., None], B[:, None, :], out=states)
+    torch.mul((dt * x)[:, None, :], B[..., None], out=states)
     decays, steps = decay.split(rows), states.split(rows)
     for decay_t, h_t in zip(decays, steps, strict=True):
         h = h_t.addcmul_(decay_t, h[: len(h_t)])
@@ -177,7 +180,8 @@ class _Scan(torch.autograd.Function):
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t, with the gradient of every input and of both states.
 
     Tokens are time-major: step t has the next rows[t] of them, one for each of the first rows[t] states of h, and
-    never more than the step before. dt, x: (ΣR, D). B, C: (ΣR, N). h: (S, D, N). starts: (ΣR,) or None.
+    never more than the step before. dt, x: (ΣR, D). A: (N, D). B, C: (ΣR, N). h: (S, N, D). starts: (ΣR,) or None.
+    Channels come last here, for what has N values alone is too short to be spread over.
     """
 
     @staticmethod
@@ -190,7 +194,7 @@ class _Scan(torch.autograd.Function):
             before.append(h)
             starts_c = None if starts is None else starts[tokens]
             _, states = _states(dt[tokens], x[tokens], A, B[tokens], h, starts_c, steps, buffers)
-            y[tokens] = (buffers[1][: tokens.stop - tokens.start] @ C[tokens][..., None]).squeeze(-1)
+            y[tokens] = (C[tokens][:, None, :] @ buffers[1][: tokens.stop - tokens.start]).squeeze(1)
             for h_t, going_on in zip(states, [*steps[1:], 0], strict=True):
                 if going_on < len(h_t):  # here sequences end, or the chunk does
                     final[going_on : len(h_t)] = h_t[going_on:]
@@ -213,10 +217,10 @@ class _Scan(torch.autograd.Function):
             starts_c = None if starts is None else starts[tokens]
             decays, steps = _states(dt_c, x_c, A, B_c, h, starts_c, rows, buffers)
             decay, states = (buffer[: len(dt_c)] for buffer in buffers)
-            dC[tokens] = (dy_c[..., None, :] @ states).squeeze(-2)
+            dC[tokens] = (states @ dy_c[..., None]).squeeze(-1)
             # G_t = dL/dh_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}; where a sequence ends, dL/d(its final state) for the
             # last term, and dh holds that term for what follows this chunk.
-            G = dy_c[..., None] * C_c[:, None, :]
+            G = dy_c[:, None, :] * C_c[..., None]
             steps_G = G.split(rows)
             for t in range(len(rows) - 1, -1, -1):
                 after = rows[t + 1] if t + 1 < len(rows) else 0
@@ -225,16 +229,16 @@ class _Scan(torch.autograd.Function):
                 if after < rows[t]:
                     steps_G[t][after:] += dh[after : rows[t]]
             dh[: rows[0]] = decays[0] * G[: rows[0]]
-            GB = (G @ B_c[..., None]).squeeze(-1)
-            dB[tokens] = ((dt_c * x_c)[..., None, :] @ G).squeeze(-2)
+            GB = (B_c[:, None, :] @ G).squeeze(1)
+            dB[tokens] = (G @ (dt_c * x_c)[..., None]).squeeze(-1)
             dx[tokens] = dt_c * GB
             # dL/d(Δ_t A), reusing the buffers: decay_t · h_{t-1} · G_t
             d_exponent = decay.mul_(G)
             for t, part in enumerate(d_exponent.split(rows)):
                 part *= (steps[t - 1] if t else h)[: len(part)]
-            d_dt[tokens] = (d_exponent * A).sum(-1) + x_c * GB
+            d_dt[tokens] = (d_exponent * A).sum(1) + x_c * GB
             if ctx.needs_input_grad[2]:
-                dA += (d_exponent * dt_c[..., None]).sum(0)
+                dA += (d_exponent * dt_c[:, None, :]).sum(0)
         return d_dt, dx, dA, dB, dC, dh, None, None
 
 
