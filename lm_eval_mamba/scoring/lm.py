@@ -22,7 +22,7 @@ from peft_mamba.precision import Precision
 from .budget import Budget, parse_bytes
 from .encoding import encoded_pairs
 from .generation import GreedyGenerator
-from .scorer import Answer, NaNScore, PrefixScorer
+from .scorer import Answer, NaNScore, PrefixScorer, Work
 
 logger = logging.getLogger(f"lm_eval.{__name__}")
 
@@ -41,8 +41,12 @@ class PrefixTreeLM(HFLM):
     """HFLM that reads no prefix twice where the model is a Mamba, and is HFLM elsewhere.
 
     A subclass brings `precision` and `_nonfinite`.
+
+    Attributes:
+        work: what the last call that scored by prefix tree did, in tokens.
     """
 
+    work: Work | None = None
     precision: Precision
     accelerator: Any
 
@@ -129,6 +133,7 @@ class PrefixTreeLM(HFLM):
                 scorer.score(self._truncated(requests), answered)
             except NaNScore as error:
                 raise self._nan_in(error.tokens) from error
+        self.work = scorer.work
         return answers
 
     def _truncated(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[list[int], int]]:
