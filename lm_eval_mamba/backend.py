@@ -307,7 +307,7 @@ class MambaAMP(PrefixTreeLM):
                 with self._computing_in(precision):
                     answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
                 self._found_batch_sizes = dict(self.batch_sizes)
-            # Where memory ran out in one precision, its batches were not those of the others: all again, in smaller ones.
+            # Where memory ran out in one precision, its batches were not those of the others: all again, smaller.
             found = self._halved() == halved
         names = [precision.name for precision in self._scoring]
         together = [dict(zip(names, by_precision, strict=True)) for by_precision in zip(*answers, strict=True)]
