@@ -314,11 +314,15 @@ class MambaAMP(PrefixTreeLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         if not self._scoring:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        answers = []
-        for precision in self._scoring:
-            with self._computing_in(precision):
-                answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
-            self._found_batch_sizes = dict(self.batch_sizes)
+        found = False
+        while not found:
+            answers, halved = [], self._halved()
+            for precision in self._scoring:
+                with self._computing_in(precision):
+                    answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+                self._found_batch_sizes = dict(self.batch_sizes)
+            # Where memory ran out in one precision, its batches were not those of the others: all again, smaller.
+            found = self._halved() == halved
         names = [precision.name for precision in self._scoring]
         together = [dict(zip(names, by_precision, strict=True)) for by_precision in zip(*answers, strict=True)]
         for by_precision in together:
@@ -329,6 +333,9 @@ class MambaAMP(PrefixTreeLM):
                     f"precision in the output head. No score is reported; choose other precisions than {infinite[0]}."
                 )
         return together
+
+    def _halved(self) -> int:
+        return self._budget.halved if self._budget is not None else 0
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
         if self._scoring and not self.batch_sizes:  # HFLM forgets them at each call

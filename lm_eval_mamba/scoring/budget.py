@@ -55,10 +55,12 @@ class Budget:
     Attributes:
         state_bytes: memory for states.
         tokens: of a batch.
+        halved: how often memory ran out.
     """
 
     state_bytes: int
     tokens: int
+    halved: int = 0
 
     @classmethod
     def find(
@@ -77,6 +79,7 @@ class Budget:
         """Take half as much from here on; False if that is no use any more."""
         if self.tokens <= FEWEST_TOKENS:
             return False
+        self.halved += 1
         self.state_bytes //= 2
         self.tokens = max(FEWEST_TOKENS, self.tokens // 2)
         return True

@@ -51,7 +51,7 @@ class GreedyGenerator:
         self.tokens_run = 0
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """The number of each prompt and its new tokens, at most `max_new_tokens`, the one that ends it left out.
+        """The number of each prompt and its new tokens, at most `max_new_tokens`, with the one that ends it.
 
         Raises:
             NaNScore: a logit is NaN.
@@ -147,6 +147,6 @@ class GreedyGenerator:
         for i, row in enumerate(active):
             tokens = new[i].tolist()
             end = next((j for j, token in enumerate(tokens) if token in self.ends), None)
-            written[row] += tokens[:end]
+            written[row] += tokens if end is None else tokens[: end + 1]
             ended[i] = end is not None
         return ~(ended | np.array(self.stopped([written[row] for row in active]), dtype=bool))

@@ -22,7 +22,7 @@ from peft_mamba.precision import Precision
 from .budget import Budget, parse_bytes
 from .encoding import encoded_pairs
 from .generation import GreedyGenerator
-from .scorer import Answer, NaNScore, PrefixScorer
+from .scorer import Answer, NaNScore, PrefixScorer, Work
 
 logger = logging.getLogger(f"lm_eval.{__name__}")
 
@@ -41,8 +41,12 @@ class PrefixTreeLM(HFLM):
     """HFLM that reads no prefix twice where the model is a Mamba, and is HFLM elsewhere.
 
     A subclass brings `precision` and `_nonfinite`.
+
+    Attributes:
+        work: what the last call that scored by prefix tree did, in tokens.
     """
 
+    work: Work | None = None
     precision: Precision
     accelerator: Any
 
@@ -129,6 +133,7 @@ class PrefixTreeLM(HFLM):
                 scorer.score(self._truncated(requests), answered)
             except NaNScore as error:
                 raise self._nan_in(error.tokens) from error
+        self.work = scorer.work
         return answers
 
     def _truncated(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[list[int], int]]:
@@ -212,7 +217,9 @@ class PrefixTreeLM(HFLM):
             return f"the checkpoint's generation_config sets {', '.join(sorted(others))}"
         return None
 
-    def _generate_by_tree(self, requests: list[Instance], numbers: list[int], disable_tqdm: bool) -> Any:
+    def _generate_by_tree(
+        self, requests: list[Instance], numbers: list[int], disable_tqdm: bool
+    ) -> list[tuple[int, str]]:
         """The number of each request and its text, for requests that have the same arguments."""
         gen_kwargs = requests[numbers[0]].args[1]
         kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
@@ -234,19 +241,21 @@ class PrefixTreeLM(HFLM):
             _Stopped(self.tokenizer, until),
         )
         bar = tqdm(total=len(numbers), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
+        texts = []
         with bar, torch.no_grad(), self.precision.scope(self.device):
             try:
                 for i, tokens in generator.generate(prompts, kwargs["max_gen_toks"]):
                     text = self._text(tokens, until)
                     self.cache_hook.add_partial("generate_until", requests[numbers[i]].args, text)
                     bar.update(1)
-                    yield numbers[i], text
+                    texts.append((numbers[i], text))
             except NaNScore as error:
                 raise self._nan_in(error.tokens) from error
         logger.debug(
             "prefix tree: %d tokens asked in prompts, %d run with those generated",
             *(sum(map(len, prompts)), generator.tokens_run),
         )
+        return texts
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
         think = self.think_end_token

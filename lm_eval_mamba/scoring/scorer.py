@@ -99,13 +99,11 @@ class PrefixScorer:
         self,
         requests: Sequence[tuple[Sequence[int], int]],
         answered: Callable[[int, Answer], None],
-        on_out_of_memory: Callable[[], None] | None = None,
     ) -> None:
         """Call `answered` with the number of each request and its answer, once.
 
         Args:
             requests: (tokens, how many of them at the end are the continuation).
-            on_out_of_memory: called when the budget was halved; may raise.
 
         Raises:
             NaNScore: a log-probability is NaN.
@@ -128,8 +126,6 @@ class PrefixScorer:
                     self.budget.tokens,
                     self.budget.state_bytes / 2**20,
                 )
-                if on_out_of_memory is not None:
-                    on_out_of_memory()
             if left:
                 clear_device_cache(garbage_collection=True)
         logger.debug(
