@@ -263,7 +263,7 @@ def causal_conv1d(
     for k in range(width):
         tap = inputs[:, k : k + length]
         back = width - 1 - k
-        if seq_idx is not None and 0 < back < length:
+        if seq_idx is not None and back > 0:
             other = torch.zeros_like(seq_idx, dtype=torch.bool)
             other[:, back:] = seq_idx[:, back:] != seq_idx[:, :-back]
             # What lies before the row belongs to its first document only.
