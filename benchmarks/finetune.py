@@ -28,20 +28,12 @@ import torch
 import transformers
 import trl
 from lm_eval_mamba.cli.ft import main as mamba_ft
-from transformers import AutoTokenizer, Mamba2Config, MambaConfig, TrainerCallback
+from sizes import CONFIGS, random_model
+from transformers import AutoTokenizer, TrainerCallback
 
 from peft_mamba import checkpoints
 
 BATCH, LENGTH, STEPS = 16, 512, int(os.environ.get("STEPS", "8"))
-CONFIGS = {
-    "mamba-130m": (MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24), 8),
-    "mamba-790m": (MambaConfig(vocab_size=50280, hidden_size=1536, num_hidden_layers=48), 32),
-    "mamba2-130m": (Mamba2Config(vocab_size=50288, hidden_size=768, num_hidden_layers=24, num_heads=24, n_groups=1), 8),
-    "mamba2-780m": (
-        Mamba2Config(vocab_size=50288, hidden_size=1536, num_hidden_layers=36, num_heads=48, n_groups=1),
-        32,
-    ),
-}
 # 2406.00209: Mamba 790M, Alpaca, one 24 GB A10G, against FP32 full fine-tuning; the mean over its configurations.
 PUBLISHED = "published (Mamba 790M, A10G, batch tuned): 2.15x tokens per second, 62.7% less memory per token"
 
@@ -56,13 +48,7 @@ def write_data(path: Path) -> None:
 
 
 def write_checkpoint(directory: Path, config) -> None:
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    # As transformers draws them, the scan's outputs leave fp16's range in the first layer; trained weights do not.
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data *= 0.3
+    model = random_model(config, "cuda")
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(checkpoints.resolve("mini")).save_pretrained(directory)
 

@@ -83,8 +83,8 @@ def memory_message(error: BaseException, options: dict[str, Any]) -> str:
         )
     elif batch_size is None:
         change.append("--batch-size auto")
-    if not options.get("gradient_checkpointing"):
-        change.append("--gradient-checkpointing")
+    if not options.get("gradient_checkpointing") and options.get("recompute") != "block":
+        change.append("--recompute block (for Mamba; --gradient-checkpointing for other models)")
     if options.get("preset") == "full":
         change.append("a LoRA (--preset sll)")
     if options.get("precision") == "fp32":

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl import SFTConfig
 
 from peft_mamba import checkpoints, kernels, report
+from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.packing import packing_support
 from peft_mamba.precision import Precision
 from peft_mamba.provenance import git_state, versions
@@ -31,7 +32,7 @@ from . import distributed
 from . import model as models
 from .data import TrainingData, load_data, prepare_tokenizer
 from .measures import figures
-from .memory import estimate, fit_batch
+from .memory import estimate, fit
 from .outputs import RunDirectory
 from .progress import ShowProgress, StopOnSignal
 from .score import score
@@ -87,7 +88,9 @@ def finetune(
     adapted, ranks = models.with_adapter(bare, settings)
     print_plan(console, recipe, precision, process.device, data, adapted, ranks)
     if dry_run:
-        print_memory(console, estimate(adapted, settings, precision, process.device), settings)
+        for level in LEVELS if settings.recompute == "auto" else (settings.recompute,):
+            chosen = replace(settings, recompute=level)
+            print_memory(console, estimate(adapted, chosen, precision, process.device), chosen)
         return 0
     del bare, adapted
     result = _run(process, console, recipe, tokenizer, data, precision, directory, resume)
@@ -118,8 +121,9 @@ def _run(
     model, ranks = models.with_adapter(models.load(settings, device), settings)
     if settings.packing and (problem := packing_support(model, process.device.type)):
         raise SettingsError(f"--packing: {problem}")
-    if settings.batch_size == "auto":
-        settings = _with_fitted_batch(model, settings, precision, process, console)
+    settings = _with_what_fits(model, settings, precision, process, console)
+    if settings.recompute is not None:
+        recompute(model, settings.recompute)
     identity = {
         "data": data.fingerprint,
         "processes": process.num_processes,
@@ -196,19 +200,26 @@ def on_main_process(process: PartialState, check: Callable[[], None]) -> None:
         raise problem
 
 
-def _with_fitted_batch(
+def _with_what_fits(
     model: Any, settings: Settings, precision: Precision, process: PartialState, console: Console
 ) -> Settings:
-    size = fit_batch(model, settings, precision, process.device, process.num_processes)
-    assert settings.effective_batch_size is not None
-    accumulation = settings.effective_batch_size // (size * process.num_processes)
-    console.print(
-        f"--batch-size auto: {size} sequences a device, {accumulation} forward passes a step, "
-        f"{settings.effective_batch_size} sequences a step.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return replace(settings, batch_size=size, gradient_accumulation=accumulation, effective_batch_size=None)
+    """The settings with batch size and recomputation in place of auto."""
+    if "auto" not in (settings.batch_size, settings.recompute):
+        return settings
+    size, level = fit(model, settings, precision, process.device, process.num_processes)
+    if settings.batch_size == "auto":
+        assert settings.effective_batch_size is not None
+        accumulation = settings.effective_batch_size // (size * process.num_processes)
+        console.print(
+            f"--batch-size auto: {size} sequences a device, {accumulation} forward passes a step, "
+            f"{settings.effective_batch_size} sequences a step.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        settings = replace(settings, batch_size=size, gradient_accumulation=accumulation, effective_batch_size=None)
+    if settings.recompute == "auto":
+        console.print(f"--recompute auto: {level}.", highlight=False, soft_wrap=True)
+    return replace(settings, recompute=level)
 
 
 def _trainer(

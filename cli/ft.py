@@ -14,7 +14,7 @@ from typing import Any
 import click
 import yaml
 
-from .settings import ADAPTER_ONLY, PRESET_CHOICES
+from .settings import ADAPTER_ONLY, PRESET_CHOICES, RECOMPUTE_CHOICES
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial", "inverse_sqrt")
 # Options that say what to do and not what the run is.
@@ -138,9 +138,15 @@ def _positive(**kwargs: Any) -> Any:
     help="Fill sequences of --max-length with several documents, whose states are kept apart.",
 )
 @click.option(
+    "--recompute",
+    type=click.Choice(RECOMPUTE_CHOICES),
+    help="What a Mamba block makes again in backward rather than keep it: nothing (none), what is cheap (mixer), "
+    "everything but its input (block); auto: the first of these that fits. [default: auto]",
+)
+@click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=False,
-    help="Recompute activations in backward: less memory, about a third more time.",
+    help="transformers' own, for models of any family: every layer runs again in backward.",
 )
 @click.option(
     "--seed",

@@ -17,11 +17,13 @@ from typing import Any
 import yaml
 
 from peft_mamba.checkpoints import EMBEDDED
-from peft_mamba.presets import PRESETS
+from peft_mamba.mixers import LEVELS
+from peft_mamba.presets import MAMBA_FAMILIES, PRESETS
 
 PRESET_CHOICES = ("full", *PRESETS)
-# May differ between a run and its resumption: they decide what is shown and kept, not what is computed.
-FREE_ON_RESUME = frozenset({"logging_steps", "save_steps", "save_total_limit", "report_to", "output"})
+RECOMPUTE_CHOICES = ("auto", *LEVELS)
+# May differ between a run and its resumption: they decide what is shown and kept, not what is learned.
+FREE_ON_RESUME = frozenset({"logging_steps", "save_steps", "save_total_limit", "report_to", "output", "recompute"})
 ADAPTER_ONLY = ("r", "alpha", "dropout")
 DEFAULT_BATCH_SIZE = 8
 EPOCHS_OF_DATASET = {"alpaca": 3.0, "openhermes": 1.0, "lima": 5.0}
@@ -61,6 +63,7 @@ class Settings:
     effective_batch_size: int | None
     max_length: int
     packing: bool
+    recompute: str | None
     gradient_checkpointing: bool
     seed: int
     device: str
@@ -139,7 +142,7 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str], facts: ModelFa
         if values[name] is None:
             values[name], said[name] = value, source
 
-    _refuse_contradictions(values)
+    _refuse_contradictions(values, facts)
     embedded = values["model"] in EMBEDDED
     for name, (value, source) in (_embedded_recipe if embedded else _published_recipe)(values, facts).items():
         default(name, value, source)
@@ -153,6 +156,8 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str], facts: ModelFa
         ("dropout", None if values["preset"] == "full" else 0.0, "PEFT's default"),
     ):
         default(name, value, source)
+    if facts.family in MAMBA_FAMILIES and not values["gradient_checkpointing"]:
+        default("recompute", "auto", "as little as memory allows")
     if values["preset"] != "full":
         default("alpha", 2.0 * values["r"], "2 r, TRL's ratio")
     default("batch_size", DEFAULT_BATCH_SIZE, "TRL's default; the papers name none")
@@ -163,7 +168,17 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str], facts: ModelFa
     return Recipe(Settings(**values), said)
 
 
-def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+def _refuse_contradictions(values: Mapping[str, Any], facts: ModelFacts) -> None:
+    if values["recompute"] is not None and facts.family not in MAMBA_FAMILIES:
+        raise SettingsError(
+            f"--recompute {values['recompute']} says what Mamba's mixers keep, and {facts.family} has none. Use "
+            "--gradient-checkpointing."
+        )
+    if values["recompute"] is not None and values["gradient_checkpointing"]:
+        raise SettingsError(
+            f"--gradient-checkpointing makes every layer again, so --recompute {values['recompute']} would do nothing. "
+            "Give one of the two; --recompute block is the faster one."
+        )
     if values["preset"] == "full":
         useless = [f"--{name} {values[name]}" for name in ADAPTER_ONLY if values[name] is not None]
         if useless:

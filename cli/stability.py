@@ -94,7 +94,7 @@ def stability_command(
 
     transformers.logging.disable_progress_bar()
     try:
-        where = _device(device)
+        where = torch_device(device)
         parsed = list({each.name: each for each in map(Precision.parse, precisions)}.values())
         for precision in parsed:
             precision.check_device(where)
@@ -135,11 +135,11 @@ def stability_command(
             "growth": [asdict(growth) for growth in found.growth],
         }
         output.parent.mkdir(parents=True, exist_ok=True)
-        contents = json.dumps(_finite(report), indent=2, allow_nan=False, ensure_ascii=False)
+        contents = json.dumps(finite(report), indent=2, allow_nan=False, ensure_ascii=False)
         output.write_text(contents + "\n", encoding="utf-8")
 
 
-def _device(name: str | None) -> torch.device:
+def torch_device(name: str | None) -> torch.device:
     import torch
 
     try:
@@ -168,19 +168,15 @@ def _check_family(model: str, revision: str | None) -> None:
 
 
 def _read(model: str, revision: str | None, text: Path | None, tokens: int) -> torch.Tensor:
-    """(tokens,) ids: the beginning of the file, or of the embedded world's held-out documents, each ended by eos."""
-    import torch
-    from lm_eval_mamba.tasks.icl_gap_mini import world
-    from transformers import AutoTokenizer
-
-    from peft_mamba.checkpoints import EMBEDDED, tokenizer_source
+    """(tokens,) ids of the file's beginning, or of the embedded world."""
+    from peft_mamba.checkpoints import EMBEDDED
 
     if text is None and model not in EMBEDDED:
         raise click.UsageError(
             f"{model} needs --text FILE, a text like those that it is used on; only {' and '.join(EMBEDDED)} bring "
             "their own."
         )
-    written = ""
+    written = None
     if text is not None:
         try:
             written = text.read_text(encoding="utf-8")
@@ -188,6 +184,36 @@ def _read(model: str, revision: str | None, text: Path | None, tokens: int) -> t
             raise click.BadParameter(
                 f"{text} cannot be read as UTF-8 text ({error}); give a plain text file.", param_hint="--text"
             ) from error
+    try:
+        return token_ids(model, revision, written, tokens)
+    except TooShortError as error:
+        raise click.BadParameter(
+            f"{text} has {error.there} tokens of {model}'s tokenizer, and --tokens asks for {tokens}. Give a longer "
+            "text " + (f"or --tokens {error.there}." if error.there > 1 else "."),
+            param_hint="--text",
+        ) from error
+
+
+class TooShortError(ValueError):
+    """A text with fewer tokens than asked for: `there`."""
+
+    def __init__(self, there: int, tokens: int) -> None:
+        super().__init__(f"the text has {there} tokens, not {tokens}: give a longer one, or ask for fewer tokens")
+        self.there = there
+
+
+def token_ids(model: str, revision: str | None, text: str | None, tokens: int) -> torch.Tensor:
+    """(tokens,) ids: the beginning of the text, or of the embedded world's held-out documents, each ended by eos.
+
+    Raises:
+        TooShortError: the text has fewer.
+    """
+    import torch
+    from lm_eval_mamba.tasks.icl_gap_mini import world
+    from transformers import AutoTokenizer
+
+    from peft_mamba.checkpoints import tokenizer_source
+
     source = tokenizer_source(model, revision)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision if source == model else None)
     ids: list[int] = []
@@ -196,14 +222,10 @@ def _read(model: str, revision: str | None, text: Path | None, tokens: int) -> t
         while len(ids) < tokens:
             ids += [*tokenizer(next(documents))["input_ids"], tokenizer.eos_token_id]
     else:
-        # verbose: a file longer than what the tokenizer calls its maximum is no mistake here.
-        ids = tokenizer(written, verbose=False)["input_ids"]
+        # verbose: a text longer than what the tokenizer calls its maximum is no mistake here.
+        ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < tokens:
-        raise click.BadParameter(
-            f"{text} has {len(ids)} tokens of {model}'s tokenizer, and --tokens asks for {tokens}. Give a longer text "
-            + (f"or --tokens {len(ids)}." if len(ids) > 1 else "."),
-            param_hint="--text",
-        )
+        raise TooShortError(len(ids), tokens)
     return torch.tensor(ids[:tokens])
 
 
@@ -258,10 +280,10 @@ def _number(x: float) -> str:
     return f"{x:.1e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null in place of numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

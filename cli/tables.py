@@ -64,8 +64,10 @@ def print_memory(console: Console, needs: MemoryEstimate, settings: Settings) ->
         "copies of weights": needs.copies,
         f"activations of {batch} x {settings.max_length} tokens": tokens * needs.activations_per_token,
     }
+    level = f" with --recompute {settings.recompute}" if settings.recompute else ""
     console.print(
-        f"memory: about {gib(needs.total(tokens))}: {', '.join(f'{name} {gib(size)}' for name, size in parts.items())} "
+        f"memory{level}: about {gib(needs.total(tokens))}: "
+        f"{', '.join(f'{name} {gib(size)}' for name, size in parts.items())} "
         f"({needs.activations_per_token / 1024:,.0f} KiB a token); the loss's workspace and the allocator's fragments "
         "come on top.",
         highlight=False,

@@ -4,7 +4,7 @@
 
 It is lm-eval's `hf` backend (`HFLM`) with another loader (`peft_mamba.checkpoints`), adapter-aware mixers
 (`peft_mamba.mixers`), fp32 weights under autocast instead of cast weights, log-probabilities in fp32, adapters checked
-against the model, and an error where a score would be NaN.
+against the model, an error where a score would be NaN, and requests that share their prefixes (`scoring`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 
 from lm_eval_mamba.precisions import REQUEST, Precisions, scorers
+from lm_eval_mamba.scoring.lm import PrefixTreeLM
 from peft_mamba import checkpoints
 from peft_mamba import kernels as mamba_kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
@@ -52,7 +52,7 @@ _REFUSED = {
 
 
 @register_model("mamba_amp")
-class MambaAMP(HFLM):
+class MambaAMP(PrefixTreeLM):
     """lm-eval backend for Mamba, Mamba-2 and other causal LMs under mixed precision.
 
     Args:
@@ -68,10 +68,16 @@ class MambaAMP(HFLM):
             where no model is loaded yet. They leave other tasks in `dtype`.
         kernels: which kernels the mixers run, as PEFT_MAMBA_KERNELS: `torch`, or by operation, joined with "+":
             `selective_scan=mamba_ssm+ssd=triton`. Default: that variable, else the fastest on the device.
+        scoring: auto (default): Mamba and Mamba-2 run each prefix that requests share once, other models take HFLM's
+            path, padded batches of `batch_size`; plain: all do; tree: an error where that cannot be.
+        state_budget: memory for the states of prefixes, in bytes or such as 2GiB; default a share of what is free.
+        batch_tokens: tokens of a batch of the prefix tree, which `batch_size` does not apply to; default by what is
+            free. Out of memory halves both.
         **kwargs: everything else that lm-eval's `hf` backend takes (`batch_size`, `max_length`, …).
 
     Raises:
-        PrecisionError, CheckpointError, AdapterError, KernelError: before a model is loaded, as far as the files tell.
+        PrecisionError, CheckpointError, AdapterError, KernelError, ValueError: before a model is loaded, as far as the
+            files tell.
         NonFiniteError: during scoring, when a log-probability is NaN; names the first layer that produced it.
     """
 
@@ -92,9 +98,13 @@ class MambaAMP(HFLM):
         device: str | None = None,
         precisions: str | Sequence[str] | None = None,
         reference: str | None = None,
+        scoring: str = "auto",
+        state_budget: str | int | None = None,
+        batch_tokens: int | None = None,
         kernels: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self._set_scoring(scoring, state_budget, batch_tokens)
         for name, instead in _REFUSED.items():
             if kwargs.get(name):
                 raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
@@ -108,6 +118,7 @@ class MambaAMP(HFLM):
         self._asked = Precisions.parse(precisions, reference) if precisions or reference else None
         if self._asked is not None:
             self._check_fp32_weights()
+        self._rebatched = False
         self._scoring: list[Precision] = []  # not empty while requests are scored in several precisions
         self._scored: dict[str, Precision] = {}
         self._found_batch_sizes: dict[int, int] = {}
@@ -146,7 +157,9 @@ class MambaAMP(HFLM):
         if self.world_size == 1 and getattr(self, "accelerator", None) is not None:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         scorers.add(self)
+        plain = self._plain_because()
         if self.rank == 0:
+            logger.info("requests %s", "share their prefixes" if plain is None else f"stand alone ({plain})")
             logger.info("precision %s", self.precision)
             logger.info("kernels %(kernels)s (%(reason)s)", self.kernel_path)
 
@@ -236,7 +249,7 @@ class MambaAMP(HFLM):
         Args:
             requests: their arguments are (context, continuation, options); `options["precisions"]` are names of
                 precisions, `options["rebatched"]` asks for other batches than the run's own: one request at a time, or
-                8 where the run itself takes one at a time.
+                8 where the run itself takes one at a time, and no shared prefixes.
 
         Returns:
             For each request, precision -> (log-probability, greedy). In each precision the requests stand in the same
@@ -285,6 +298,7 @@ class MambaAMP(HFLM):
         if rebatched:
             own = max(self.batch_sizes.values(), default=0) if batch_size == "auto" else batch_size
             self.batch_size_per_gpu = 8 if own == 1 else 1
+        self._rebatched = rebatched
         self.cache_hook = CacheHook(None)  # HFLM would store each answer as a plain one of this context
         self._scoring, self._found_batch_sizes = precisions, {}
         self._scored |= dict(zip(names, precisions, strict=True))
@@ -292,15 +306,23 @@ class MambaAMP(HFLM):
             return self.loglikelihood(plain, disable_tqdm=disable_tqdm)
         finally:
             self.batch_size_per_gpu, self.cache_hook, self._scoring = batch_size, cache_hook, []
+            self._rebatched = False
+
+    def _plain_because(self) -> str | None:
+        return "other batches were asked for" if self._rebatched else super()._plain_because()
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         if not self._scoring:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        answers = []
-        for precision in self._scoring:
-            with self._computing_in(precision):
-                answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
-            self._found_batch_sizes = dict(self.batch_sizes)
+        found = False
+        while not found:
+            answers, halved = [], self._halved()
+            for precision in self._scoring:
+                with self._computing_in(precision):
+                    answers.append(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+                self._found_batch_sizes = dict(self.batch_sizes)
+            # Where memory ran out in one precision, its batches were not those of the others: all again, smaller.
+            found = self._halved() == halved
         names = [precision.name for precision in self._scoring]
         together = [dict(zip(names, by_precision, strict=True)) for by_precision in zip(*answers, strict=True)]
         for by_precision in together:
@@ -311,6 +333,9 @@ class MambaAMP(HFLM):
                     f"precision in the output head. No score is reported; choose other precisions than {infinite[0]}."
                 )
         return together
+
+    def _halved(self) -> int:
+        return self._budget.halved if self._budget is not None else 0
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
         if self._scoring and not self.batch_sizes:  # HFLM forgets them at each call

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm_eval_mamba.divergence import answer_changes
 from lm_eval_mamba.results import Cell, ResultsError, Study
-from lm_eval_mamba.statistics import Estimate, Pair, divergence, icl_gap, icl_gap_difference
+from lm_eval_mamba.statistics import Divergence, Estimate, Pair, divergence, icl_gap, icl_gap_difference
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,31 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def divergence_between(a: Study, b: Study) -> Divergence:
+    """Of `b` from `a`, the reference, over the same documents.
+
+    Raises:
+        ResultsError: as `compare`.
+    """
+    _, logged = _checked(a, b)
+    return _divergence(a, b, logged)
+
+
+def scores(study: Study) -> dict[str, dict[int, np.ndarray]]:
+    """Benchmark -> shots -> (documents,) scores; a study without samples has one a benchmark, its accuracy."""
+    logged = all(cell.samples is not None for cell in study.cells.values())
+    return {name: {k: _correct(study.cells[name, k], logged) for k in study.shot_counts} for name in study.benchmarks}
+
+
 def _compare_study(a: Study, b: Study) -> Comparison:
+    notes, logged = _checked(a, b)
+    rows = (_icl_rows if a.icl else _divergence_rows)(a, b, logged)
+    documents = sum(a.cells[benchmark, a.shot_counts[0]].documents for benchmark in a.benchmarks)
+    return Comparison(a.name, a.shot_counts, documents, rows, notes)
+
+
+def _checked(a: Study, b: Study) -> tuple[list[str], bool]:
+    """Notes, and whether both have samples, of two studies that can be compared."""
     _same("tasks", a.name, a.benchmarks, b.benchmarks)
     _same("shot counts", a.name, a.shot_counts, b.shot_counts)
     notes: list[str] = []
@@ -121,9 +145,7 @@ def _compare_study(a: Study, b: Study) -> Comparison:
         notes.append("no samples were logged for both runs: no intervals and no answers. Evaluate with --log_samples.")
     if prompts:
         notes.append(f"{prompts} prompts differ between the runs (shots drawn otherwise, or another chat template).")
-    rows = (_icl_rows if a.icl else _divergence_rows)(a, b, logged)
-    documents = sum(a.cells[benchmark, a.shot_counts[0]].documents for benchmark in a.benchmarks)
-    return Comparison(a.name, a.shot_counts, documents, rows, notes)
+    return notes, logged
 
 
 def _same(what: str, where: str, a: Iterable, b: Iterable) -> None:
@@ -154,7 +176,7 @@ def _correct(cell: Cell, logged: bool) -> np.ndarray:
     return np.array([float(s[cell.metric]) for s in cell.samples] if logged and cell.samples else [cell.accuracy])
 
 
-def _divergence_rows(a: Study, b: Study, logged: bool) -> list[Row]:
+def _divergence(a: Study, b: Study, logged: bool) -> Divergence:
     pairs = {}
     answers = logged and all(cell.multiple_choice for cell in a.cells.values())
     for benchmark in a.benchmarks:
@@ -167,7 +189,11 @@ def _divergence_rows(a: Study, b: Study, logged: bool) -> list[Row]:
             change=np.stack([change for _, change in changes]) if answers else None,
         )
     sizes = {benchmark: a.cells[benchmark, a.shot_counts[0]].documents for benchmark in a.benchmarks}
-    result = divergence(pairs, a.shot_counts, sizes if a.weight_by_size else None)
+    return divergence(pairs, a.shot_counts, sizes if a.weight_by_size else None)
+
+
+def _divergence_rows(a: Study, b: Study, logged: bool) -> list[Row]:
+    result = _divergence(a, b, logged)
     rows = [
         Row(f"acc, {k} shots (points)", _percent(result.reference[k]), _percent(result.other[k]), result.difference[k])
         for k in a.shot_counts

@@ -207,7 +207,7 @@ def divergence(
 
     value, drawn = bootstrap(strata, figures, draws, seed)
     known = all(len(stratum) > 1 for stratum in strata)
-    estimates = [_bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
+    estimates = [bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
     accuracy, treated, difference = (
         dict(zip(shot_counts, estimates[i * k : (i + 1) * k], strict=True)) for i in range(3)
     )
@@ -262,7 +262,7 @@ def icl_gap_difference(
 
     value, drawn = bootstrap(strata, figures, draws, seed)
     known = all(len(stratum) > 1 for stratum in strata)
-    *by_shots, aipss = [_bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
+    *by_shots, aipss = [bootstrapped(v, column, known) for v, column in zip(value, drawn.T, strict=True)]
     return ICLGap(
         improvement=dict(zip(shot_counts, by_shots, strict=True)),
         aipss=aipss,
@@ -270,7 +270,7 @@ def icl_gap_difference(
     )
 
 
-def _bootstrapped(value: float, drawn: Array, known: bool) -> Estimate:
+def bootstrapped(value: float, drawn: Array, known: bool) -> Estimate:
     """An estimate from its draws; no error where a benchmark has a single document, or a figure is undefined."""
     defined = drawn[np.isfinite(drawn)]  # a relative improvement is undefined in draws without a right answer
     if not known or np.isnan(value) or len(defined) < 2:

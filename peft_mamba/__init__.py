@@ -7,7 +7,7 @@ print(peft_mamba.report(model))
 
 from .config import MambaLoraConfig
 from .kernels import KernelError, Kernels
-from .mixers import use_mixers
+from .mixers import RecomputeError, recompute, use_mixers
 from .presets import PresetError, preset_modules
 from .report import GradientError, Report, report
 from .tuner import TargetError, register
@@ -18,9 +18,11 @@ __all__ = [
     "Kernels",
     "MambaLoraConfig",
     "PresetError",
+    "RecomputeError",
     "Report",
     "TargetError",
     "preset_modules",
+    "recompute",
     "report",
     "use_mixers",
 ]

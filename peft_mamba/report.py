@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from . import kernels
 from .mixers import FAMILIES, mixers_of
+from .mixers.block import Block
 
 
 class GradientError(RuntimeError):
@@ -50,6 +51,8 @@ class Report:
     mixers: int
     # What `kernels.describe` says; None: no Mamba mixers, or transformers' own, which bypass adapters.
     kernels: dict[str, str] | None
+    # What blocks make again in backward; None: no Mamba mixers of ours.
+    recompute: str | None = None
 
     @property
     def trainable(self) -> int:
@@ -64,6 +67,7 @@ class Report:
             "parameters": self.parameters,
             "mixers": self.mixers,
             "kernels": self.kernels,
+            "recompute": self.recompute,
         }
 
     def __str__(self) -> str:
@@ -85,6 +89,8 @@ class Report:
         if self.mixers:
             path = self.kernels or {"kernels": "transformers' own, past any adapter: see use_mixers"}
             lines.append(f"mixers: {self.mixers}; " + "; ".join(f"{key}: {value}" for key, value in path.items()))
+            if self.recompute:
+                lines[-1] += f"; recompute: {self.recompute}"
         return "\n".join(lines)
 
 
@@ -112,7 +118,8 @@ def report(model: nn.Module) -> Report:
     if mixers and all(type(mixer) in FAMILIES.values() for _, mixer in mixers):
         chosen = kernels.describe(next(mixers[0][1].parameters()).device.type)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Report(tuple(rows), total, len(mixers), chosen)
+    levels = sorted({module.recompute for module in model.modules() if isinstance(module, Block)})
+    return Report(tuple(rows), total, len(mixers), chosen, "/".join(levels) or None)
 
 
 def _trainable(layer: LoraLayer) -> list[tuple[str, nn.Parameter]]:

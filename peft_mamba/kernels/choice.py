@@ -19,7 +19,7 @@ OPERATIONS = ("selective_scan", "ssd", "causal_conv1d")
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "reference": dict.fromkeys(OPERATIONS, "reference"),
     "torch": dict.fromkeys(OPERATIONS, "chunked"),
-    "triton": {"ssd": "triton.ssd", "causal_conv1d": "triton.causal_conv1d"},
+    "triton": {operation: f"triton.{operation}" for operation in OPERATIONS},
     "mamba_ssm": {"selective_scan": "mamba_ssm", "ssd": "mamba_ssm", "causal_conv1d": "mamba_ssm_conv1d"},
 }
 # The fastest first, as benchmarks/ measures them; torch comes after, and is what every other device gets.

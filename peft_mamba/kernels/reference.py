@@ -304,5 +304,8 @@ def _packed_conv1d(
         back = width - 1 - k
         place = token - starts[sequence] - back  # of the tap in its sequence, negative before its first token
         outside = width - 1 + place + sequence * (width - 1) if initial_state is not None else 0
-        y = y + inputs[torch.where(place >= 0, token - back, length + outside)] * weight[:, k]
+        tap = (
+            inputs.index_select(0, torch.where(place >= 0, token - back, length + outside)) if back else inputs[:length]
+        )
+        y = torch.addcmul(y, tap, weight[:, k])
     return _activated(y, activation).to(x.dtype)[None]

@@ -14,19 +14,28 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
+from .block import PARTS
+from .linear import use_fast_linears
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .packing import hook_models, packing_support
+from .recomputation import LEVELS, RecomputeError, recompute
+from .sequences import PackedSequences, StatePool
 from .state import MixerState, PackedRows
 
 __all__ = [
     "FAMILIES",
+    "LEVELS",
     "Mamba2Mixer",
     "MambaMixer",
     "MixerState",
     "PackedRows",
+    "RecomputeError",
+    "PackedSequences",
+    "StatePool",
     "mixers_of",
     "packing_support",
+    "recompute",
     "use_mixers",
 ]
 
@@ -50,7 +59,8 @@ def use_mixers(model: nn.Module) -> int:
 
     The modules, their parameters and their names stay as they are; only the class of each mixer changes, so the model
     saves, copies and compares as before. Which kernels they run is chosen at each forward, by the device of its input:
-    `kernels.describe` and `report` say which.
+    `kernels.describe` and `report` say which. Where oneDNN multiplies faster than MKL (a CPU with AVX-512 that is not
+    Intel's), the plain nn.Linear layers of the model, its head among them, become a subclass that lets it.
 
     The model then keeps documents that are packed into a row apart, state and convolution, gradients included: pass it
     `seq_idx`, (B, L) int, changing at the first token of each document, or `position_ids`, (B, L) or (1, L), that
@@ -81,13 +91,21 @@ def use_mixers(model: nn.Module) -> int:
                 f"{name} has a forward set on the module itself; ours would not run. Remove it first."
             )
     fresh = [mixer for _, mixer in mixers if type(mixer) in FAMILIES]
-    for mixer in fresh:
-        mixer.__class__ = FAMILIES[type(mixer)]
-        if "_old_forward" in vars(mixer):
-            # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
-            vars(mixer)["_old_forward"] = types.MethodType(type(mixer).forward, mixer)
+    if mixers:
+        for module in model.modules():
+            become = FAMILIES.get(type(module)) or PARTS.get(type(module))
+            # A norm or block that something has put a forward of its own on keeps that.
+            if become is None or ("forward" in vars(module) and "_old_forward" not in vars(module)):
+                continue
+            module.__class__ = become
+            if "_old_forward" in vars(module):
+                # accelerate's hooks (a model spread over devices) call the forward that they found on the module.
+                vars(module)["_old_forward"] = types.MethodType(become.forward, module)
     hook_models(model)
+    linears = use_fast_linears(model) if mixers else 0
     if fresh:
         path = kernels.describe(next(fresh[0].parameters()).device.type)
         logger.info("%d %s mixers, kernels %s", len(fresh), type(fresh[0]).__name__, path)
+        if linears:
+            logger.info("%d linear layers multiply float32 on a CPU by oneDNN", linears)
     return len(mixers)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
-from torch.func import functional_call
 from transformers.models.mamba import modeling_mamba
 
 from .. import kernels
 from ..kernels.reference import accumulator_dtype
+from .projection import draws, project
+from .recomputation import can_be_remade
 from .state import CachedMixer, MixerState, conv_window
 
 Tensor = torch.Tensor
-
-
-def project_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)` less its bias, for a linear layer that may carry adapters.
-
-    The module runs as it is, with zeros in place of its bias, so LoRA and DoRA do what they always do. To subtract the
-    bias afterwards would be wrong in half precision: by then it has rounded the product away.
-    """
-    zeros = {
-        name: torch.zeros(parameter.shape, dtype=parameter.dtype, device=x.device)
-        for name, parameter in linear.named_parameters()
-        if name.rpartition(".")[2] == "bias" and "lora_" not in name
-    }
-    return functional_call(linear, zeros, (x,), tie_weights=False)
 
 
 class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
@@ -42,37 +30,48 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = project(self.in_proj, hidden_states, sizes=[self.intermediate_size] * 2)
         conv_before = None if initial_state is None else initial_state.conv
-        u = kernels.causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu" if self.activation == "silu" else None,
-            initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
-            seq_idx=seq_idx,
+
+        def convolve() -> Tensor:
+            u = kernels.causal_conv1d(
+                x,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation="silu" if self.activation == "silu" else None,
+                initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
+                seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens if seq_idx is None else None,
+            )
+            return u if self.activation == "silu" else self.act(u)
+
+        u = convolve()
+        can_be_remade(u, convolve)
+        time_step, B, C = project(self.x_proj, u).split(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
-        if self.activation != "silu":
-            u = self.act(u)
-        time_step, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast, inside the scan.
-        y, ssm = kernels.selective_scan(
-            u,
-            project_without_bias(self.dt_proj, time_step),
-            -torch.exp(self.A_log.to(accumulator_dtype(self.A_log))),
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            initial_state=None if initial_state is None else initial_state.ssm,
-            lengths=lengths if return_final_state else None,
-            seq_idx=seq_idx,
-            return_final_state=return_final_state,
-        )
+        delta = project(self.dt_proj, time_step, bias=False)
+        if not draws(self.dt_proj):
+            can_be_remade(delta, lambda: project(self.dt_proj, time_step, bias=False))
+        A = -torch.exp(self.A_log.to(accumulator_dtype(self.A_log)))
+        rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
+        if cu_seqlens is not None and seq_idx is not None:
+            # Documents side by side; with seq_idx a scan goes through all of a row one after the other.
+            u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
+        else:
+            rows |= {
+                "initial_state": None if initial_state is None else initial_state.ssm,
+                "lengths": lengths if return_final_state else None,
+                "seq_idx": seq_idx,
+                "return_final_state": return_final_state,
+            }
+        y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
+        y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
         if return_final_state:
-            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size), ssm)
-        return self.out_proj(y), state
+            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
+        return project(self.out_proj, y, product=not self._output_unread()), state

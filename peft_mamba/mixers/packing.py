@@ -19,7 +19,8 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
-from .state import CachedMixer, PackedRows
+from .sequences import PackedSequences
+from .state import CachedMixer, PackedRows, laid_end_to_end
 
 Tensor = torch.Tensor
 
@@ -76,19 +77,63 @@ def _mixers(model: nn.Module) -> list[nn.Module]:
 def _gather(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a causal LM and of Mamba-1's backbone: the boundaries travel with the mask from here."""
     given = _by_name(model, args, kwargs)
+    if isinstance(given.get("attention_mask"), PackedSequences):
+        return args, kwargs
     mask, seq_idx = _rows(given)
     if isinstance(model, modeling_mamba.MambaModel):
-        # Spare the layers a mask that masks nothing, looked at once a forward, as Mamba2Model does itself.
-        if mask is not None and not torch.compiler.is_compiling() and bool((mask != 0).all()):
-            mask = None
-    return _replace_mask(model, args, kwargs, mask if seq_idx is None else PackedRows(mask, seq_idx))
+        mask = _needed(model, given, mask)
+    return _replace_mask(model, args, kwargs, mask if seq_idx is None else _packed(given, mask, seq_idx))
 
 
 def _spread(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of Mamba-2's backbone, which looks at the mask itself and hands further arguments on."""
-    mask, seq_idx = _rows(_by_name(model, args, kwargs))
+    given = _by_name(model, args, kwargs)
+    if isinstance(given.get("attention_mask"), PackedSequences):
+        args, kwargs = _replace_mask(model, args, kwargs, None)
+        return args, {**kwargs, "sequences": given["attention_mask"]}
+    mask, seq_idx = _rows(given)
+    mask = _needed(model, given, mask)
     args, kwargs = _replace_mask(model, args, kwargs, mask)
-    return args, kwargs if seq_idx is None else {**kwargs, "seq_idx": seq_idx}
+    if seq_idx is None:
+        return args, kwargs
+    packed = _packed(given, mask, seq_idx)
+    return args, {**kwargs, "seq_idx": packed.seq_idx, "cu_seqlens": packed.cu_seqlens}
+
+
+def _needed(model: nn.Module, given: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
+    """The mask, unless it changes nothing, which the host waits for once a forward and not in each layer.
+
+    Without padding that is so; and with padding behind the tokens of each row, as in training, where no state is left
+    for later: what comes behind a token does not reach it.
+    """
+    if mask is None or mask.ndim != 2 or mask.shape[1] < _length(given) or torch.compiler.is_compiling():
+        return mask
+    config: Any = model.config
+    use_cache = given.get("use_cache")
+    use_cache = use_cache if use_cache is not None else config.use_cache and not model.training
+    real = mask != 0
+    if use_cache or given.get("cache_params") is not None:
+        harmless = real.all()
+    else:
+        real = real[:, -_length(given) :]
+        harmless = (real[:, 1:] <= real[:, :-1]).all()
+    return None if bool(harmless) else mask
+
+
+def _length(given: Mapping[str, Any]) -> int:
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    return 0 if tokens is None else tokens.shape[1]
+
+
+def _packed(given: Mapping[str, Any], mask: Tensor | None, seq_idx: Tensor) -> PackedRows:
+    """The boundaries as the mixers take them, found out once a forward where no padding and no state is in the way."""
+    known = given.get("attention_mask")
+    if isinstance(known, PackedRows) and known.cu_seqlens is not None:
+        return known
+    stateful = given.get("use_cache") or given.get("cache_params") is not None
+    if mask is not None or stateful or torch.compiler.is_compiling():
+        return PackedRows(mask, seq_idx)
+    return PackedRows(None, *laid_end_to_end(seq_idx))
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:
@@ -115,7 +160,7 @@ def _rows(given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """
     mask = given.get("attention_mask")
     if isinstance(mask, PackedRows):
-        return mask
+        return mask.attention_mask, mask.seq_idx
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     seq_idx, position_ids = given.get("seq_idx"), given.get("position_ids")
     if tokens is None:

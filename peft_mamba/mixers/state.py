@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as _global
 from transformers.cache_utils import Cache
 
 from ..kernels.reference import first_of_document
+from .recomputation import runs_again
+from .sequences import PackedSequences, sequence_windows
 
 Tensor = torch.Tensor
 
@@ -34,10 +37,13 @@ class PackedRows(NamedTuple):
 
     attention_mask: (B, ≥ L), 0 on padding; None: there is none.
     seq_idx: (B, L) int, changing at the first token of each document.
+    cu_seqlens: (S+1,) int32, where the documents of all rows start and end when the rows are laid end to end, if there
+        is no padding; seq_idx then counts the documents of each row from 0. None: to be found out by each mixer.
     """
 
     attention_mask: Tensor | None
     seq_idx: Tensor
+    cu_seqlens: Tensor | None = None
 
 
 class RowOrder(NamedTuple):
@@ -73,8 +79,15 @@ def reorder(x: Tensor, positions: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (positions + rows * x.shape[1]).flatten()).view_as(x)
 
 
-def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int) -> Tensor:
-    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`."""
+def conv_window(
+    x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`.
+
+    With cu_seqlens, (S, C, width) up to the end of each sequence of the one row.
+    """
+    if cu_seqlens is not None:
+        return sequence_windows(x, before, cu_seqlens, width)
     if before is None:
         before = x.new_zeros(len(x), x.shape[2], width)
     x = x.transpose(1, 2)
@@ -97,6 +110,18 @@ def number_documents(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         starts = starts & (torch.arange(seq_idx.shape[1], device=seq_idx.device) < lengths[:, None])
     return starts.cumsum(1, dtype=torch.int32)
+
+
+def laid_end_to_end(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """seq_idx (B, L) counted from 0 in each row, and cu_seqlens (S+1,) int32 of all documents of all rows.
+
+    To know how many documents there are, the host waits for the device: once a forward, not in each mixer.
+    """
+    documents = number_documents(seq_idx, None)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    bounds = starts.flatten().nonzero().flatten().to(torch.int32)
+    return documents, torch.cat([bounds, bounds.new_tensor([documents.numel()])])
 
 
 def keep_last_document(conv: Tensor, documents: Tensor, lengths: Tensor | None) -> Tensor:
@@ -134,13 +159,16 @@ class CachedMixer:
 
     layer_idx: int
     conv_kernel_size: int
+    _forward_hooks: dict
 
     def forward(
         self,
         hidden_states: Tensor,
         cache_params: Cache | None = None,
-        attention_mask: Tensor | PackedRows | None = None,
+        attention_mask: Tensor | PackedRows | PackedSequences | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        sequences: PackedSequences | None = None,
         **kwargs,
     ) -> Tensor:
         """Mix (B, L, hidden_size) over time; same shape out.
@@ -148,16 +176,23 @@ class CachedMixer:
         Args:
             cache_params: where the state is read from, if one is there, and left.
             attention_mask: (B, ≥ L), 0 on padding, which may lie anywhere; the outputs there mean nothing. Or mask
-                and seq_idx in one.
+                and seq_idx in one, or `sequences`.
             seq_idx: (B, L) int, changing at the first token of each document packed into a row. The first document
                 goes on from the state in the cache; the last one's is left there.
+            cu_seqlens: what `laid_end_to_end` says of seq_idx; used without cache and padding.
+            sequences: of the batch's one row, each with a state of its own from a pool, which takes the place of a
+                cache.
             kwargs: what transformers passes to all mixers and attention layers alike; this one needs none of it.
 
         Raises:
             ValueError: attention_mask or seq_idx do not fit the tokens.
         """
+        if isinstance(attention_mask, PackedSequences):
+            sequences, attention_mask = attention_mask, None
+        if sequences is not None:
+            return self._mix_sequences(hidden_states, sequences)
         if isinstance(attention_mask, PackedRows):
-            attention_mask, seq_idx = attention_mask
+            attention_mask, seq_idx, cu_seqlens = attention_mask
         if seq_idx is not None and seq_idx.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"seq_idx has shape {tuple(seq_idx.shape)}; a Mamba mixer takes (batch, tokens) = "
@@ -170,12 +205,17 @@ class CachedMixer:
             seq_idx = None if seq_idx is None else reorder(seq_idx, order.take)
         lengths = None if order is None else order.lengths
         # A single token crosses no boundary, and kernels are faster without.
-        documents = None if seq_idx is None or seq_idx.shape[1] == 1 else number_documents(seq_idx, lengths)
+        documents = seq_idx if seq_idx is not None and seq_idx.shape[1] > 1 else None
+        if documents is None or order is not None or cache_params is not None:
+            cu_seqlens = None
+        if documents is not None and cu_seqlens is None:
+            documents = number_documents(documents, lengths)
         hidden_states, state = self.mix(
             hidden_states,
             initial_state=state,
             lengths=lengths,
             seq_idx=documents,
+            cu_seqlens=cu_seqlens,
             return_final_state=cache_params is not None,
         )
         if cache_params is not None and state is not None:
@@ -184,6 +224,22 @@ class CachedMixer:
             write_cache(cache_params, self.layer_idx, state)
         return hidden_states if order is None else reorder(hidden_states, order.back)
 
+    def _output_unread(self) -> bool:
+        """Whether this forward only serves its own backward, so that nothing reads what it returns."""
+        return runs_again() and not (self._forward_hooks or _global._global_forward_hooks)
+
+    def _mix_sequences(self, hidden_states: Tensor, sequences: PackedSequences) -> Tensor:
+        cu_seqlens, pool, source, kept, target = sequences
+        state = None
+        if pool is not None and source is not None:
+            state = MixerState(*pool.read(self.layer_idx, source))
+        hidden_states, state = self.mix(
+            hidden_states, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=kept is not None
+        )
+        if state is not None and pool is not None and kept is not None and target is not None:
+            pool.write(self.layer_idx, target, state.conv[kept], state.ssm[kept])
+        return hidden_states
+
     def mix(
         self,
         hidden_states: Tensor,
@@ -191,6 +247,7 @@ class CachedMixer:
         initial_state: MixerState | None = None,
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         """The mixer as a function of its state: (B, L, hidden_size) and the state after each row's last token.
@@ -199,6 +256,8 @@ class CachedMixer:
             initial_state: after the tokens that came before; None: there were none.
             lengths: (B,), tokens at and after it are padding.
             seq_idx: as for forward.
+            cu_seqlens: (S+1,) int32, bounds of sequences in a batch of one row; states have S in place of B. Beside
+                seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without states.
             return_final_state: False saves the work of it, and the second result is None.
         """
         raise NotImplementedError

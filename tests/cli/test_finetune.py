@@ -168,7 +168,8 @@ def test_eval_scores_the_result_and_adds_the_figures(ft):
 def test_a_dry_run_says_it_all_and_does_nothing(ft, tmp_path):
     status, said, figures = ft("--preset", "all", "--precision", "fp16", "--dry-run")
     assert status == 0 and figures is None and not (tmp_path / "out").exists()
-    for part in ("learning_rate", "the recipe of", "2 dt_proj", "11,616", "memory: about"):
+    levels = [f"memory with --recompute {level}: about" for level in ("none", "mixer", "block")]
+    for part in ("learning_rate", "the recipe of", "2 dt_proj", "11,616", *levels):
         assert part in said, part
 
 
@@ -200,17 +201,17 @@ def test_a_trial_of_a_batch_leaves_no_trace(monkeypatch, preset):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     random = torch.get_rng_state()
     trial = memory._Trial(model, settings, Precision.parse("bf16"), torch.device("cpu"), 1)
-    assert trial(2)
+    assert trial(2, "none")
 
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", full)
-        assert not trial(2)
+        assert not trial(2, "mixer")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shapes"):
         patch.setattr(torch.Tensor, "backward", lambda self: torch.ones(2, 3) @ torch.ones(2, 3))
-        trial(2)
+        trial(2, None)
     assert torch.equal(random, torch.get_rng_state())
     assert "forward" not in vars(loaded)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -234,6 +235,28 @@ def test_batch_size_auto_says_when_nothing_fits(ft, monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     status, said, _ = ft(*SMALL, "--batch-size", "auto", "--max-steps", "1", quick=False)
     assert status == 1 and "not even one sequence of 512 tokens fits" in said
+
+
+@pytest.mark.parametrize(("sequences", "level"), [(2.5, "none"), (1.5, "mixer"), (0.5, "block")])
+def test_recompute_auto_is_the_least_that_fits_the_batch(ft, monkeypatch, sequences, level):
+    """Two sequences of 64 tokens, of which each level keeps half of what the one before it does."""
+    share = {"none": 1000, "mixer": 500, "block": 250}
+    needs = lambda model, settings, *rest: memory.MemoryEstimate(0, 0, 0, 0, share[settings.recompute])  # noqa: E731
+    monkeypatch.setattr(memory, "estimate", needs)
+    free = sequences * 64 * 1000 / memory.CPU_SHARE
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free})())
+    status, said, figures = ft(*SMALL, "--batch-size", "2", "--max-length", "64", "--max-steps", "1", quick=False)
+    assert status == 0, said
+    assert f"--recompute auto: {level}." in said and figures["settings"]["recompute"] == level
+
+
+def test_every_level_of_recomputation_learns_the_same(ft, tmp_path):
+    losses = []
+    for level in ("none", "mixer", "block"):
+        status, said, figures = ft("--recompute", level, "--dropout", "0.1", output=tmp_path / level)
+        assert status == 0 and figures["settings"]["recompute"] == level, said
+        losses.append(figures["held_out_loss"]["after"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,17 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "model", "preset"),
-    [(DDP, "mini", "sll"), (DDP, "mini-2", "full"), (FSDP, "mini-2", "sll"), (FSDP, "mini", "full")],
+    ("kind", "model", "preset", "level"),
+    [
+        (DDP, "mini", "sll", "block"),
+        (DDP, "mini-2", "full", "mixer"),
+        (FSDP, "mini-2", "sll", "mixer"),
+        (FSDP, "mini", "full", "block"),
+    ],
     ids=["ddp-adapter", "ddp-full", "fsdp-adapter", "fsdp-full"],
 )
-def test_two_processes_train_what_one_does(ft, tmp_path, kind, model, preset):
-    run = (*RUN, "--model", model, "--preset", preset)
+def test_two_processes_train_what_one_does(ft, tmp_path, kind, model, preset, level):
+    run = (*RUN, "--model", model, "--preset", preset, "--recompute", level)
     status, said, _ = ft(*run, "--batch-size", "4", output=tmp_path / "one", quick=False)
     assert status == 0, said
     launch(kind, *run, "--batch-size", "2", "-o", tmp_path / "two")

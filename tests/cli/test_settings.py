@@ -88,6 +88,7 @@ def test_what_was_given_goes_before_every_default():
         ({"epochs": 1.0, "max_steps": 3}, r"--epochs 1.0 and --max-steps 3 both"),
         ({"batch_size": "auto", "gradient_accumulation": 2}, r"--gradient-accumulation 2 cannot hold"),
         ({"batch_size": 4, "effective_batch_size": 16}, r"--effective-batch-size 16 goes with --batch-size auto"),
+        ({"recompute": "block", "gradient_checkpointing": True}, r"so --recompute block would do nothing"),
     ],
 )
 def test_settings_that_contradict_each_other_or_do_nothing_are_refused(given, said):
@@ -95,11 +96,20 @@ def test_settings_that_contradict_each_other_or_do_nothing_are_refused(given, sa
         resolve({**PLAIN, **given}, {}, ModelFacts("mamba", 130_000_000))
 
 
+def test_recomputation_is_for_mamba_and_left_out_where_checkpoints_are():
+    assert resolve(PLAIN, {}, ModelFacts("mamba2", 130_000_000)).settings.recompute == "auto"
+    for facts, given in (("gpt_neox", {}), ("mamba", {"gradient_checkpointing": True})):
+        assert resolve({**PLAIN, **given}, {}, ModelFacts(facts, 130_000_000)).settings.recompute is None
+    with pytest.raises(SettingsError, match="--recompute mixer says what Mamba's mixers keep, and gpt_neox has none"):
+        resolve({**PLAIN, "recompute": "mixer"}, {}, ModelFacts("gpt_neox", 130_000_000))
+
+
 def test_settings_survive_their_file_and_tell_what_changed():
     settings = resolve(PLAIN, {}, ModelFacts("mamba", 130_000_000)).settings
     stored = yaml.safe_load(settings.as_yaml())
     assert Settings(**stored) == settings and settings.differences(stored) == []
-    assert settings.differences({**stored, "seed": 3, "save_steps": 9}) == ["seed was 3 and is 0"]
+    other = {**stored, "seed": 3, "save_steps": 9, "recompute": "block"}  # only the first changes what is learned
+    assert settings.differences(other) == ["seed was 3 and is 0"]
 
 
 def test_help_names_every_option_and_where_defaults_come_from():

@@ -18,6 +18,7 @@ from lm_eval.utils import make_table
 from lm_eval_mamba import divergence, precisions
 from lm_eval_mamba.backend import MambaAMP
 from lm_eval_mamba.precisions import REQUEST, Precisions
+from lm_eval_mamba.scoring.lm import PrefixTreeLM
 from peft_mamba.nonfinite import NonFiniteError
 from peft_mamba.precision import PrecisionError
 
@@ -206,7 +207,8 @@ def test_scores_are_exactly_those_of_each_dtype(tiny, family):
 
 
 def test_batches_are_composed_alike_in_each_precision_and_otherwise_when_asked(tiny, monkeypatch):
-    lm, seen = load(tiny["mamba"], batch_size="auto", max_batch_size=4), defaultdict(list)
+    lm = load(tiny["mamba"], batch_size="auto", max_batch_size=4, scoring="plain")
+    seen = defaultdict(list)
     call = MambaAMP._model_call
 
     def spy(self, inps, *args, **kwargs):
@@ -224,7 +226,7 @@ def test_batches_are_composed_alike_in_each_precision_and_otherwise_when_asked(t
     lm.loglikelihood_by_precision(requests(many, ["fp32"], rebatched=True))
     assert {len(batch) for batch in seen["fp32"]} == {1} and set(seen) == {"fp32"}
     assert lm.batch_size == "auto"
-    one = load(tiny["mamba"], batch_size=1)
+    one = load(tiny["mamba"], batch_size=1)  # by prefix tree otherwise
     seen.clear()
     one.loglikelihood_by_precision(requests(many, ["fp32"], rebatched=True))
     assert max(len(batch) for batch in seen["fp32"]) > 1
@@ -302,13 +304,13 @@ def test_a_cache_serves_a_request_in_the_same_precisions_only(tiny, tmp_path, mo
     path = str(tmp_path / "cache.db")
     first = CachingLM(load(tiny["mamba"]), path).loglikelihood_by_precision(requests())
     scored = []
-    score = HFLM._loglikelihood_tokens
+    score = PrefixTreeLM._loglikelihood_tokens
 
     def spy(self, requests, *args, **kwargs):
         scored.append((self.precision.name, len(requests)))
         return score(self, requests, *args, **kwargs)
 
-    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", spy)
+    monkeypatch.setattr(PrefixTreeLM, "_loglikelihood_tokens", spy)
     again = CachingLM(load(tiny["mamba"]), path)
     assert again.loglikelihood_by_precision(requests()) == first and scored == []
     # another set, other batches, and the plain request of the same text are scored anew

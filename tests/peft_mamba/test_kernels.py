@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peft_mamba import kernels
-from peft_mamba.kernels import KernelError, chunked, reference
+from peft_mamba.kernels import KernelError, chunked, reference, scan
 
 from .tiny import relative_rms
 
@@ -79,14 +79,18 @@ def describe_rows(rows):
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=ROWS, channels=st.integers(1, 6), states=st.integers(1, 5), step=st.integers(1, 30))
-def test_chunked_selective_scan_is_the_reference(rows, channels, states, step):
+@given(
+    rows=ROWS, channels=st.integers(1, 6), states=st.integers(1, 5), step=st.integers(1, 30), threads=st.integers(1, 4)
+)
+def test_chunked_selective_scan_is_the_reference(rows, channels, states, step, threads):
     torch.manual_seed(rows["length"])
     inputs = scan_inputs(rows["batch"], rows["length"], channels, states)
     described = describe_rows(rows)
     expected = outputs_and_gradients(reference.selective_scan, inputs, **described)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "SCAN_BUFFER", step * rows["batch"] * channels * states)
+        patch.setattr(scan, "SCAN_BUFFER", step * rows["batch"] * channels * states)
+        patch.setattr(scan, "PART_CHANNELS", 1)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         actual = outputs_and_gradients(chunked.selective_scan, inputs, **described)
     assert_same(actual, expected, 1e-12)
 
@@ -102,6 +106,71 @@ def test_chunked_ssd_is_the_reference(rows, groups, step):
         patch.setattr(chunked, "SSD_CHUNK", step)
         actual = outputs_and_gradients(chunked.ssd, inputs, **described)
     assert_same(actual, expected, 1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(0, 12),
+    width=st.integers(1, 5),
+    document=st.integers(1, 4) | st.none(),
+    biased=st.booleans(),
+    stateful=st.booleans(),
+    activation=st.sampled_from(["silu", None]),
+)
+@example(batch=1, length=2, width=4, document=1, biased=True, stateful=True, activation=None)
+def test_chunked_convolution_is_the_reference(batch, length, width, document, biased, stateful, activation):
+    torch.manual_seed(length)
+    shapes = {"x": (batch, length, 3), "weight": (3, width)}
+    shapes |= {"bias": (3,)} if biased else {}
+    shapes |= {"initial_state": (batch, width - 1, 3)} if stateful else {}
+    inputs = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+    seq_idx = None if document is None else (torch.arange(length) // document).expand(batch, -1)
+
+    def values_and_gradients(module):
+        y = module.causal_conv1d(**inputs, activation=activation, seq_idx=seq_idx)
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+        gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        return {"y": y, **dict(zip(inputs, gradients, strict=True))}
+
+    assert_same(values_and_gradients(chunked), values_and_gradients(reference), 1e-12)
+
+
+def test_inputs_from_before_a_row_reach_its_first_document_only():
+    """Also where the row is shorter than the convolution is wide."""
+    x, before, weight = torch.zeros(1, 2, 1), torch.ones(1, 3, 1), torch.ones(1, 4)
+    for module in (reference, chunked):
+        y = module.causal_conv1d(x, weight, initial_state=before, seq_idx=torch.tensor([[0, 1]]))
+        assert y.flatten().tolist() == [3.0, 0.0]
+
+
+@pytest.mark.parametrize("rows", [{}, {"seq_idx": torch.tensor([[0] * 3 + [1] * 67, [0] * 70])}])
+def test_states_that_are_forgotten_at_once_and_states_that_are_kept(rows):
+    """Decays of exp(-1e8) and of exactly 1, in float32, gradients too: neither NaN nor a rounding that adds up."""
+    torch.manual_seed(0)
+    for operation, inputs, step in (
+        ("selective_scan", scan_inputs(2, 70, 4, 3), "delta"),
+        ("ssd", ssd_inputs(2, 70, 4, 2), "dt"),
+    ):
+        single = {name: tensor.detach().float() for name, tensor in inputs.items()}
+        single["A"][0] = -1e5
+        single["A"][1] = 0.0
+        single[step][:, ::7] = 1000.0
+        single = {name: tensor.requires_grad_() for name, tensor in single.items()}
+        double = {name: tensor.detach().double().requires_grad_() for name, tensor in single.items()}
+        actual = outputs_and_gradients(getattr(chunked, operation), single, **rows)
+        assert_same(actual, outputs_and_gradients(getattr(reference, operation), double, **rows), 1e-5)
+
+
+def test_inputs_stay_as_they_are_where_no_gradient_is_wanted():
+    torch.manual_seed(0)
+    for operation, inputs in (("selective_scan", scan_inputs(2, 20, 4, 3)), ("ssd", ssd_inputs(2, 20, 4, 2))):
+        expected, state = getattr(chunked, operation)(**inputs, return_final_state=True)
+        copies = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+        with torch.inference_mode():
+            y, final = getattr(chunked, operation)(**copies, return_final_state=True)
+        assert all(torch.equal(copies[name], inputs[name]) for name in inputs)
+        assert relative_rms(y, expected) < 1e-14 and torch.equal(final, state)
 
 
 @pytest.mark.parametrize("module", [reference, chunked])

@@ -14,7 +14,7 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from peft_mamba import use_mixers
 from peft_mamba.kernels import ENVIRONMENT_VARIABLE
 from peft_mamba.mixers import Mamba2Mixer, MambaMixer, mixers_of
-from peft_mamba.mixers.mamba import project_without_bias
+from peft_mamba.mixers.projection import project
 from peft_mamba.mixers.state import RowOrder, reorder
 
 from .tiny import relative_rms, tiny_model, tokens
@@ -186,7 +186,7 @@ def test_step_size_keeps_its_bias_in_float32_under_autocast(dtype):
         linear.weight.mul_(1e-2)
     x = torch.randn(8, 4)
     with torch.autocast("cpu", dtype):
-        product = project_without_bias(linear, x)
+        product = project(linear, x, bias=False)
     assert product.dtype == dtype
     exact = torch.nn.functional.linear(x, linear.weight)
     assert relative_rms(product, exact) < 0.01

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peft_mamba.kernels import chunked, reference
+from peft_mamba.kernels import chunked, reference, scan
 
 from .test_kernels import assert_same, outputs_and_gradients, scan_inputs, ssd_inputs
 from .tiny import relative_rms
@@ -49,7 +49,7 @@ def test_selective_scan(lengths, step, module):
         lambda return_final_state, **tensors: one_by_one(reference.selective_scan, tensors, lengths), inputs
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "SCAN_BUFFER", step * 6)
+        patch.setattr(scan, "SCAN_BUFFER", step * 6)
         actual = outputs_and_gradients(module.selective_scan, inputs, cu_seqlens=bounds(lengths))
     assert_same(actual, expected, 1e-12)
 
@@ -75,8 +75,13 @@ def test_ssd(lengths, step, groups, module):
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=LENGTHS.filter(len), width=st.integers(1, 4), stateful=st.booleans())
-def test_causal_conv1d(lengths, width, stateful):
+@given(
+    lengths=LENGTHS.filter(len),
+    width=st.integers(1, 4),
+    stateful=st.booleans(),
+    module=st.sampled_from([reference, chunked]),
+)
+def test_causal_conv1d(lengths, width, stateful, module):
     torch.manual_seed(sum(lengths))
     shapes = {"x": (1, sum(lengths), 3), "weight": (3, width), "bias": (3,)}
     inputs = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
@@ -99,7 +104,7 @@ def test_causal_conv1d(lengths, width, stateful):
         return dict(zip(["y", *inputs], [y, *torch.autograd.grad(loss, list(inputs.values()))], strict=True))
 
     assert_same(
-        values_and_gradients(reference.causal_conv1d, cu_seqlens=bounds(lengths)), values_and_gradients(run), 1e-12
+        values_and_gradients(module.causal_conv1d, cu_seqlens=bounds(lengths)), values_and_gradients(run), 1e-12
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_mamba import kernels, use_mixers
-from peft_mamba.mixers import packing_support
+from peft_mamba.mixers import packing, packing_support, state
 from peft_mamba.mixers.state import number_documents
 
 from .test_packing import (
@@ -234,3 +234,48 @@ def test_packing_support_asks_the_kernels(model, monkeypatch):
         packing_support(model)
         == "The torch kernels for cpu cannot keep packed documents apart: causal_conv1d mixes them."
     )
+
+
+@pytest.mark.parametrize("given_as", ["seq_idx", "position_ids"])
+def test_documents_are_laid_end_to_end_once_a_forward(model, given_as, monkeypatch):
+    """Not in every mixer, since the host waits for it; scans get one row of sequences, which they run side by side."""
+    found, scans, scan = [], [], kernels.selective_scan
+    laid_end_to_end = packing.laid_end_to_end
+
+    def watched_scan(u, *args, **kwargs):
+        scans.append((u.shape[:2], kwargs))
+        return scan(u, *args, **kwargs)
+
+    def watched_search(seq_idx):
+        found.append(laid_end_to_end(seq_idx))
+        return found[-1]
+
+    monkeypatch.setattr(kernels, "selective_scan", watched_scan)
+    monkeypatch.setattr(packing, "laid_end_to_end", watched_search)
+    batch = packed(ROWS)
+    logits = model(batch["input_ids"], use_cache=False, **{given_as: batch[given_as]}).logits
+    assert relative_rms(logits.flatten(0, 1), logits_apart(model, ROWS, batch["input_ids"])) < 1e-5
+    ((numbers, bounds),) = found
+    assert bounds.tolist() == [0, 3, 4, 20, 32, 40] and bounds.dtype == torch.int32
+    assert numbers[:, -1].tolist() == [2, 1]
+    for shape, rows in scans[:2]:
+        assert shape == (1, 40) and rows["cu_seqlens"] is bounds and "seq_idx" not in rows
+    scans.clear()
+    model(batch["input_ids"], use_cache=True, **{given_as: batch[given_as]})  # a cache holds the state of each row
+    assert len(found) == 1 and all(shape == (2, 20) and rows["cu_seqlens"] is None for shape, rows in scans)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "hole", "cached right"])
+def test_a_mask_that_changes_nothing_is_spared_the_layers(model, padding, monkeypatch):
+    """Right padding is behind all that is computed, unless a state is left behind it."""
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    start = {"none": 12, "right": 9, "cached right": 9, "left": 0, "hole": 4}[padding]
+    mask[0, start : start + 3] = 0
+    real = torch.where(mask[0] == 1)[0]
+    orders = []
+    monkeypatch.setattr(state.RowOrder, "of", lambda *args, of=state.RowOrder.of: orders.append(1) or of(*args))
+    logits = model(ids, attention_mask=mask, use_cache=padding == "cached right").logits
+    assert len(orders) == (0 if padding in ("none", "right") else 2)
+    assert relative_rms(logits[0, real], model(ids[:1, real], use_cache=False).logits[0]) < 1e-5
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 0]] * 2), use_cache=False)

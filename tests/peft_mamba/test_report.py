@@ -39,10 +39,11 @@ def test_table_and_dictionary():
     assert lines[2].split() == ["in_proj", "2", "2/5", "1,120", "all"]
     assert f"trainable: {found.trainable:,} of {found.parameters:,}" in lines[-2]
     operations = "selective_scan: torch; ssd: torch; causal_conv1d: torch"
-    assert lines[-1] == f"mixers: 2; kernels: torch; reason: the fastest here for cpu; {operations}"
+    assert lines[-1] == f"mixers: 2; kernels: torch; reason: the fastest here for cpu; {operations}; recompute: mixer"
     values = json.loads(json.dumps(found.as_dict()))
     assert values["adapters"][1]["ranks"] == [2, 5] and values["adapters"][0]["gradient"] == "all"
     assert values["kernels"]["kernels"] == "torch" and values["mixers"] == 2
+    assert values["recompute"] == "mixer"
     assert values["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -1,0 +1,1 @@
+"""The operations as Triton kernels: no compiler is needed, neither to install nor to run them."""

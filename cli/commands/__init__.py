@@ -1,0 +1,1 @@
+"""The commands of `mamba-study`, one a file: options in, one call, a table out."""

@@ -1,0 +1,1 @@
+"""From results to a report: `document` says what one consists of, `charts` draws, `markdown` and `html` write."""

@@ -1,0 +1,103 @@
+"""How much memory scoring may take: states that wait for their branches, and tokens of a batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from peft_mamba.mixers import StatePool
+
+from .tree import PrefixTree
+
+UNITS = {"": 1, "B": 1, **{f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}}
+UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
+
+# More tokens in a batch gain nothing any more: a GPU is busy, a CPU's caches are full.
+MOST_TOKENS = {"cuda": 32768, "cpu": 4096}
+# Shares of the free memory that are taken without having been asked for.
+STATES_SHARE, TOKENS_SHARE = 1 / 16, 1 / 8
+# float32 values that a token takes at once in a layer, in units of hidden_size, on the generous side.
+VALUES_PER_TOKEN = 32
+# Below this a batch is not made smaller for lack of memory.
+FEWEST_TOKENS = 64
+
+
+def parse_bytes(amount: str | int | float) -> int:
+    """Bytes that `amount` means: a number, or one with a unit, such as 2GiB, 500MB or 1.5 GiB.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount))
+    unit = next((u for u in UNITS if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise ValueError(f"{amount!r} is no amount of memory. Give bytes, or a number with one of {list(UNITS)[1:]}.")
+    return int(float(match[1]) * UNITS[unit])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take on `device`; on CUDA including what torch keeps for later use."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return psutil.virtual_memory().available
+
+
+@dataclass
+class Budget:
+    """What may be taken at once.
+
+    Attributes:
+        state_bytes: memory for states.
+        tokens: of a batch.
+        halved: how often memory ran out.
+    """
+
+    state_bytes: int
+    tokens: int
+    halved: int = 0
+
+    @classmethod
+    def find(
+        cls, model: Any, device: torch.device, state_bytes: int | None = None, tokens: int | None = None
+    ) -> Budget:
+        """From the device's free memory, where not given."""
+        free = free_memory(device)
+        if state_bytes is None:
+            state_bytes = int(free * STATES_SHARE)
+        if tokens is None:
+            fits = int(free * TOKENS_SHARE) // (4 * VALUES_PER_TOKEN * model.config.hidden_size)
+            tokens = max(FEWEST_TOKENS, min(fits, MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])))
+        return cls(state_bytes, tokens)
+
+    def halve(self) -> bool:
+        """Take half as much from here on; False if that is no use any more."""
+        if self.tokens <= FEWEST_TOKENS:
+            return False
+        self.halved += 1
+        self.state_bytes //= 2
+        self.tokens = max(FEWEST_TOKENS, self.tokens // 2)
+        return True
+
+    def most_states(self, model: Any) -> int:
+        return self.state_bytes // StatePool.bytes_per_state(model)
+
+    def slots(self, model: Any, tree: PrefixTree) -> int:
+        """States to make room for: as many as two full batches leave, the tree has, or memory holds."""
+        forks = tree.height > 0
+        if not forks.any():
+            return 0
+        length = (tree.stop - tree.start)[forks].mean()
+        useful = math.ceil(2 * self.tokens / length) + int(tree.height.max())
+        return max(int(tree.height.max()), min(useful, int(forks.sum()), self.most_states(model)))
+
+
+def fork_cost(model: Any) -> float:
+    """What reading and writing a state costs, in tokens: by the values that it has and a token's layer moves."""
+    config = model.config
+    return StatePool.bytes_per_state(model) / 4 / config.num_hidden_layers / (8 * config.hidden_size)

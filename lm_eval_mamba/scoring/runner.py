@@ -1,0 +1,110 @@
+"""One batch of sequences through a model: from states to states, and the log-probabilities that are asked for.
+
+All that the device needs to know of a batch goes there in one copy; nothing waits for the device but `Pending.get`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from peft_mamba.mixers import PackedSequences, StatePool
+
+# Bytes of one float32 (positions, vocabulary) tensor of the language-model head; about three exist at a time.
+HEAD_BYTES = {"cuda": 2**28, "cpu": 2**24}
+
+
+class Pending:
+    """Numbers on their way from the device."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._ready = None
+        if values.is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def get(self) -> np.ndarray:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._values.numpy()
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """int64 vectors on the device, in one copy."""
+    together = torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False))
+    if device.type == "cuda":
+        together = together.pin_memory()
+    return list(together.to(device, non_blocking=True).split([len(a) for a in arrays]))
+
+
+class SequenceRunner:
+    """A Mamba causal LM that runs sequences laid end to end, with states in a pool.
+
+    Args:
+        model: MambaForCausalLM or Mamba2ForCausalLM with this project's mixers, with or without adapters inside; all
+            of it on one device.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.head = model.get_output_embeddings()
+        vocabulary = self.head.weight.shape[0]
+        self.positions_at_once = max(1, HEAD_BYTES.get(device.type, HEAD_BYTES["cpu"]) // (4 * vocabulary))
+
+    def hidden_states(
+        self, tokens: torch.Tensor, bounds: torch.Tensor, pool: StatePool | None, *slots: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(L, hidden_size) for tokens (L,) of sequences with these bounds (S+1,); slots: source, kept, target."""
+        packed = PackedSequences(bounds.to(torch.int32), pool, *slots)
+        return self.model.backbone(input_ids=tokens[None], attention_mask=packed, use_cache=False)[0][0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 (positions, vocabulary), as the model's own forward computes them."""
+        return self.head(hidden.to(self.head.weight.dtype)).float()
+
+    def score(
+        self,
+        pieces: list[np.ndarray],
+        source: np.ndarray,
+        target: np.ndarray,
+        positions: np.ndarray,
+        words: np.ndarray,
+        pool: StatePool | None,
+    ) -> Pending:
+        """Run sequences and score words after some of their tokens.
+
+        Args:
+            pieces: the tokens of each sequence.
+            source, target: (S,) slots of `pool` that each goes on from and leaves its state in; 0: none.
+            positions, words: (P,) the word's log-probability after the token at this position of all, in order.
+
+        Returns:
+            (2, P) float32: log-probabilities, and 1 where no word is more likely, else 0.
+        """
+        bounds = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+        kept = np.flatnonzero(target)
+        new = np.diff(positions, prepend=-1) != 0
+        unique, row = positions[new], np.cumsum(new) - 1
+        *on_device, unique_, row_, words_ = to_device(
+            self.device, *(np.concatenate(pieces), bounds, source, kept, target[kept], unique, row, words)
+        )
+        tokens_, bounds_, source_, kept_, target_ = on_device
+        hidden = self.hidden_states(
+            *(tokens_, bounds_, pool),
+            source_ if source.any() else None,
+            *((kept_, target_) if len(kept) else (None, None)),
+        )
+        scored = torch.empty(2, len(words), dtype=torch.float32, device=self.device)
+        hidden = hidden.index_select(0, unique_)
+        for start in range(0, len(unique), self.positions_at_once):
+            stop = min(start + self.positions_at_once, len(unique))
+            logits = self.logits(hidden[start:stop])
+            first, last = np.searchsorted(row, [start, stop])
+            rows, word = row_[first:last] - start, words_[first:last]
+            scored[0, first:last] = F.log_softmax(logits, dim=-1)[rows, word]
+            scored[1, first:last] = logits.argmax(-1)[rows] == word
+        return Pending(scored)

@@ -1,0 +1,133 @@
+"""RMS normalisation of both families, gated or not, that keeps its input for backward and nothing else of that size.
+
+    x̂ = x / sqrt(mean(x²) + eps), y = w · x̂                      (Mamba and Mamba-2, in front of a mixer)
+    x̂ from x · silu(gate), the mean over each group of channels   (Mamba-2, inside the mixer)
+
+Statistics in float32 (float64 for float64 inputs). On a GPU with Triton each direction is one kernel, on other devices
+PyTorch alone; PEFT_MAMBA_KERNELS=torch or reference forces the latter.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import ENVIRONMENT_VARIABLE
+from .reference import Tensor, accumulator_dtype
+
+logger = logging.getLogger(__name__)
+
+PYTORCH_ONLY = ("torch", "reference")
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    gate: Tensor | None = None,
+    group_size: int | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`weight` times `x` (times silu(gate)) over the root of its mean square; (..., D).
+
+    As transformers does it, the normalised value is rounded to x's dtype before it meets the weight.
+
+    Args:
+        weight: (D,).
+        gate: (..., D) or None.
+        group_size: channels that share a mean; D if None.
+        out_dtype: the result is rounded to it; default: what weight and x promote to.
+    """
+    out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
+    if torch.compiler.is_compiling():
+        return _forward(x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
+    return _RMSNorm.apply(x, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
+
+
+def rms_norm_residual(
+    x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway."""
+    out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
+    if torch.compiler.is_compiling():
+        return _forward(x, weight, None, eps, x.shape[-1], out_dtype)[0], x
+    return _RMSNorm.apply(x, weight, None, eps, x.shape[-1], out_dtype, True)
+
+
+@functools.cache
+def _kernels():
+    """The Triton kernels, or None where Triton is not there."""
+    try:
+        from . import norm_triton
+    except ImportError as error:
+        if getattr(error, "name", None) != "triton":
+            logger.warning("Triton is installed but the kernels of rms_norm do not import: %s", error)
+        return None
+    return norm_triton
+
+
+def _fused(x: Tensor):
+    if not x.is_cuda or x.dtype == torch.float64 or os.environ.get(ENVIRONMENT_VARIABLE) in PYTORCH_ONLY:
+        return None
+    return _kernels()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, gate, eps, group_size, out_dtype, residual):
+        fused = _fused(x)
+        if fused is not None:
+            y, rstd = fused.forward(x, weight, gate, eps, group_size, out_dtype)
+        else:
+            y, rstd = _forward(x, weight, gate, eps, group_size, out_dtype)
+        ctx.save_for_backward(x, weight, gate, rstd)
+        ctx.group_size, ctx.fused = group_size, fused
+        ctx.set_materialize_grads(False)
+        return (y, x) if residual else (y, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_residual):  # type: ignore[override]  # mypy sees the decorator, not the method
+        if dy is None:
+            return d_residual, None, None, None, None, None, None
+        x, weight, gate, rstd = ctx.saved_tensors
+        backward = _backward if ctx.fused is None else ctx.fused.backward
+        dx, dw, d_gate = backward(dy, x, weight, gate, rstd, ctx.group_size, d_residual, ctx.needs_input_grad[1])
+        return dx, dw, d_gate, None, None, None, None
+
+
+def _forward(x, weight, gate, eps, group_size, out_dtype):
+    h = _gated(x, gate)
+    groups = h.unflatten(-1, (-1, group_size))
+    rstd = torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)
+    normed = (groups * rstd).flatten(-2).to(x.dtype)
+    return (weight * normed).to(out_dtype), rstd
+
+
+def _gated(x, gate):
+    h = x.to(accumulator_dtype(x))
+    return h if gate is None else h * F.silu(gate.to(h.dtype))
+
+
+def _backward(dy, x, weight, gate, rstd, group_size, d_residual, for_weight):
+    h = _gated(x, gate)
+    dy = dy.to(h.dtype)
+    normed = (h.unflatten(-1, (-1, group_size)) * rstd).flatten(-2)
+    dw = (dy * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype) if for_weight else None
+    g, normed = (each.unflatten(-1, (-1, group_size)) for each in (dy * weight.to(h.dtype), normed))
+    dh = ((g - normed * (g * normed).mean(-1, keepdim=True)) * rstd).flatten(-2)
+    d_gate = None
+    if gate is not None:
+        z = gate.to(h.dtype)
+        sigmoid = torch.sigmoid(z)
+        d_gate = (dh * x.to(h.dtype) * sigmoid * (1 + z * (1 - sigmoid))).to(gate.dtype)
+        dh = dh * (z * sigmoid)
+    if d_residual is not None:
+        dh = dh + d_residual.to(h.dtype)
+    return dh.to(x.dtype), dw, d_gate

@@ -1,0 +1,362 @@
+"""Mamba-1's selective scan in Triton, with the gradients of everything and no atomics: a result is always the same.
+
+Around the kernels, A and states go to and from their tiles, B and C (which are small) to float32, and each program's
+share of the gradients of A, B, C, D and delta_bias is summed up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.autograd.function import once_differentiable
+
+from .. import chunked
+from ..reference import Tensor, check_packed, first_of_document
+from .scan_backward import scan_backward
+from .scan_forward import scan_forward
+from .scan_segments import scan_chain, scan_ends, scan_ends_backward
+
+# Channels of a program: the lanes of its one warp.
+LANES = 32
+# Tokens that are computed together, forward and backward.
+FORWARD_GROUP, BACKWARD_GROUP = 4, 2
+# Registers a thread of backward, with which three warps share a quarter of a multiprocessor: left alone, it takes more.
+BACKWARD_REGISTERS = 168
+# Tokens from one checkpoint of the state to the next.
+CHECKPOINT = 32
+# Arguments that are rows of channels, with a stride.
+ROWS = {"u", "delta", "z", "dy", "du", "ddelta", "dz"}
+# Programs of one launch of backward, which bounds its scratch memory (about 34 KiB each).
+BACKWARD_PROGRAMS = 2**13
+# Warps a multiprocessor below which long sequences are cut, and the shortest piece that one is cut into.
+WARPS_WANTED, SHORTEST_SEGMENT = 8, 256
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.selective_scan`; first derivatives only.
+
+    u, delta and z may be views whose rows lie apart, such as halves of a projection's output. float64 is computed by
+    `chunked`.
+    """
+    if u.dtype == torch.float64:
+        return chunked.selective_scan(
+            *(u, delta, A, B, C, D, z, delta_bias),
+            initial_state=initial_state,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
+    if cu_seqlens is not None:
+        check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
+    starts = first_of_document(seq_idx)
+    resets = None if starts is None else starts.to(torch.uint8)
+    return _SelectiveScan.apply(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How sequences and channels lie over programs and tiles."""
+
+    sequences: int
+    length: int  # of each sequence, where all are alike
+    channels: int
+    states: int
+    varlen: bool
+    segments: int
+    split: int
+
+    @classmethod
+    def of(cls, u: Tensor, states: int, cu_seqlens: Tensor | None) -> _Layout:
+        batch, length, channels = u.shape
+        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        blocks = triton.cdiv(channels, LANES)
+        wanted = _multiprocessors(u.device) * WARPS_WANTED
+        segments, split = 1, 0
+        # In a packed row any sequence may be the whole of it; segments that turn out to be empty cost next to nothing.
+        if 0 < sequences * blocks <= wanted // 2 and length >= 2 * SHORTEST_SEGMENT:
+            split = max(SHORTEST_SEGMENT, triton.cdiv(batch * length * blocks, wanted))
+            split = triton.cdiv(split, CHECKPOINT) * CHECKPOINT
+            segments = triton.cdiv(length, split)
+        return cls(sequences, length, channels, states, cu_seqlens is not None, segments, split)
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.channels, LANES)
+
+    @property
+    def N(self) -> int:
+        return max(4, triton.next_power_of_2(self.states))
+
+    @property
+    def checkpoints(self) -> int:
+        """How many states are kept for backward, all sequences together."""
+        if self.varlen:
+            return self.length // CHECKPOINT + self.sequences
+        return self.sequences * triton.cdiv(self.length, CHECKPOINT)
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return {
+            "length": self.length,
+            "channels": self.channels,
+            "blocks": self.blocks,
+            "offset": 0,
+            "segments": self.segments,
+            "split": self.split,
+            "N": self.N,
+            "VARLEN": self.varlen,
+            "MASK_D": self.channels % LANES != 0,
+            "num_warps": 1,
+        }
+
+    def to_tiles(self, x: Tensor) -> Tensor:
+        """(…, D, N) to (…, blocks, R, 4, 32) float32, zeros where tiles reach beyond D or N."""
+        x = F.pad(x.float(), (0, self.N - self.states, 0, self.blocks * LANES - self.channels))
+        x = x.unflatten(-1, (4, self.N // 4)).unflatten(-3, (self.blocks, 8, 4))  # blocks, 8, 4 | 4, R
+        return x.movedim((-1, -3), (-4, -3)).flatten(-2).contiguous()
+
+    def from_tiles(self, x: Tensor) -> Tensor:
+        """The inverse of `to_tiles`."""
+        x = x.unflatten(-1, (8, 4)).movedim((-4, -3), (-1, -3))
+        return x.flatten(-2).flatten(-4, -2)[..., : self.channels, : self.states].contiguous()
+
+    def new_tiles(self, like: Tensor, count: int) -> Tensor:
+        return like.new_empty((count, self.blocks, self.N // 4, 4, LANES), dtype=torch.float32)
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """B or C to float32, contiguous, with zeros for states that only the tiles have."""
+        return F.pad(x.float(), (0, self.N - self.states)).contiguous()
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """x itself where it is rows at one distance from each other, else a copy that is."""
+    if x is None:
+        return None
+    batch, length, _ = x.shape
+    together = batch == 1 or length == 1 or x.stride(0) == length * x.stride(1)
+    return x if x.stride(2) == 1 and together else x.contiguous()
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final):
+        layout = _Layout.of(u, A.shape[1], cu_seqlens)
+        u, delta, z = _rows(u), _rows(delta), _rows(z)
+        tiles = layout.to_tiles(A)
+        given = {
+            "u": u,
+            "delta": delta,
+            "A": tiles,
+            "B": layout.per_token(B),
+            "C": layout.per_token(C),
+            "D": None if D is None else D.float(),
+            "z": z,
+            "bias": None if delta_bias is None else delta_bias.float(),
+            "resets": resets,
+            "lengths": lengths,
+            "cu_seqlens": cu_seqlens,
+        }
+        y = u.new_empty(u.shape)
+        checkpoints = layout.new_tiles(u, layout.checkpoints) if any(ctx.needs_input_grad) else None
+        h0 = None if initial_state is None else layout.to_tiles(initial_state)
+        last = layout.new_tiles(u, layout.sequences * layout.segments) if want_final else None
+        elapsed = None
+        with _on(u.device):
+            if layout.segments > 1:
+                h0, elapsed = _starts(layout, given, h0)
+            _launch(
+                scan_forward,
+                layout,
+                layout.sequences,
+                given,
+                h0=h0,
+                y=y,
+                checkpoints=checkpoints,
+                last=last,
+                K=FORWARD_GROUP,
+                CK=CHECKPOINT,
+                HAS_H0=h0 is not None,
+                SAVE=checkpoints is not None,
+                LAST=want_final,
+            )
+        ctx.layout, ctx.dtypes = (
+            layout,
+            [None if x is None else x.dtype for x in (A, B, C, D, delta_bias, initial_state)],
+        )
+        ctx.names = list(given)
+        ctx.save_for_backward(*given.values(), checkpoints, elapsed)
+        ctx.set_materialize_grads(False)
+        final_state = None
+        if want_final:
+            final_state = layout.from_tiles(last.unflatten(0, (layout.sequences, layout.segments))[:, -1])
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_final):  # type: ignore[override]  # mypy sees the decorator, not the method
+        layout: _Layout = ctx.layout
+        *saved, checkpoints, elapsed = ctx.saved_tensors
+        given = dict(zip(ctx.names, saved, strict=True))
+        u, delta, z = given["u"], given["delta"], given["z"]
+        dy = torch.zeros_like(u) if dy is None else _rows(dy)
+        _, _, needs_A, needs_B, needs_C, needs_D, _, needs_bias, needs_h0, *_ = ctx.needs_input_grad
+        du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
+        dz = None if z is None else z.new_empty(z.shape)
+        tokens = u.shape[0] * u.shape[1]
+        shares = u.new_empty((tokens, layout.blocks, 2, layout.N), dtype=torch.float32)
+        dlast = None if d_final is None else layout.to_tiles(d_final)
+        slots = layout.sequences * layout.segments
+        dh0 = layout.new_tiles(u, slots) if needs_h0 else None
+        sums = {
+            "dA": layout.new_tiles(u, 1).zero_() if needs_A else None,
+            "dD": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_D else None,
+            "dbias": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_bias else None,
+        }
+        with _on(u.device):
+            if layout.segments > 1:
+                dlast = _starts_backward(layout, given, dy, elapsed, dlast)
+            at_once = max(1, BACKWARD_PROGRAMS // max(1, layout.blocks * layout.segments))
+            at_once = min(at_once, layout.sequences)
+            programs = at_once * layout.segments
+            scratch = layout.new_tiles(u, programs * (CHECKPOINT // BACKWARD_GROUP + BACKWARD_GROUP - 1))
+            parts = {name: None if x is None else x.new_empty(programs, *x.shape[1:]) for name, x in sums.items()}
+            for offset in range(0, layout.sequences, max(1, at_once)):
+                count = min(at_once, layout.sequences - offset)
+                _launch(
+                    scan_backward,
+                    layout,
+                    count,
+                    given,
+                    checkpoints=checkpoints,
+                    dy=dy,
+                    dlast=dlast,
+                    scratch=scratch,
+                    du=du,
+                    ddelta=ddelta,
+                    dz=dz,
+                    dBC=shares,
+                    dh0=dh0,
+                    **parts,
+                    offset=offset,
+                    K=BACKWARD_GROUP,
+                    CK=CHECKPOINT,
+                    HAS_DLAST=dlast is not None,
+                    GRAD_A=needs_A,
+                    GRAD_D=needs_D,
+                    GRAD_BIAS=needs_bias,
+                    GRAD_H0=needs_h0,
+                    maxnreg=BACKWARD_REGISTERS,
+                )
+                for name, part in parts.items():
+                    if part is not None:
+                        sums[name] += part[: count * layout.segments].sum(0, keepdim=True)
+        dBC = shares.sum(1)[..., : layout.states].unflatten(0, u.shape[:2])
+        type_A, type_B, type_C, type_D, type_bias, type_h0 = ctx.dtypes
+        return (
+            du,
+            ddelta,
+            layout.from_tiles(sums["dA"][0]).to(type_A) if needs_A else None,
+            dBC[:, :, 0].to(type_B) if needs_B else None,
+            dBC[:, :, 1].to(type_C) if needs_C else None,
+            sums["dD"][0, : layout.channels].to(type_D) if needs_D else None,
+            dz,
+            sums["dbias"][0, : layout.channels].to(type_bias) if needs_bias else None,
+            layout.from_tiles(dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0]).to(type_h0)
+            if needs_h0
+            else None,
+            *[None] * 4,
+        )
+
+
+def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Tensor | None], **more: Any) -> None:
+    """Run a kernel over the segments of this many sequences, with those of the arguments that it has."""
+    names = set(kernel.arg_names)
+    flags = {
+        "HAS_D": given["D"] is not None,
+        "HAS_Z": given["z"] is not None,
+        "HAS_BIAS": given["bias"] is not None,
+        "HAS_RESETS": given["resets"] is not None,
+        "HAS_LENGTHS": given["lengths"] is not None,
+    }
+    strides = {f"stride_{name}": _stride(x) for name, x in {**given, **more}.items() if name in ROWS}
+    programs = layout.blocks * sequences * layout.segments
+    waves = triton.cdiv(programs, _multiprocessors(given["u"].device))
+    arguments = {**layout.arguments, **given, **flags, **strides, "programs": programs, "waves": waves, **more}
+    wanted = {name: x for name, x in arguments.items() if name in names or name in ("num_warps", "maxnreg")}
+    # A tensor that is not there is a pointer that no flag lets the kernel follow.
+    anything = given["A"]
+    wanted = {name: anything if x is None else x for name, x in wanted.items()}
+    if programs:
+        kernel[(waves * triton.cdiv(programs, waves),)](**wanted)
+
+
+def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The state that each segment starts from, as tiles, and what decays a state over it."""
+    ends = layout.new_tiles(given["u"], layout.sequences * layout.segments)
+    elapsed = ends.new_empty(len(ends), layout.blocks, 2, LANES)
+    _launch(scan_ends, layout, layout.sequences, given, last=ends, elapsed=elapsed, K=FORWARD_GROUP)
+    _chain(layout, given, elapsed, h0, ends, reverse=False)
+    return ends, elapsed
+
+
+def _starts_backward(
+    layout: _Layout, given: dict[str, Any], dy: Tensor, elapsed: Tensor, dlast: Tensor | None
+) -> Tensor:
+    """The gradient of the state that each segment ends with, as tiles."""
+    gradients = layout.new_tiles(dy, layout.sequences * layout.segments)
+    _launch(scan_ends_backward, layout, layout.sequences, given, dy=dy, dh0=gradients, K=FORWARD_GROUP)
+    _chain(layout, given, elapsed, dlast, gradients, reverse=True)
+    return gradients
+
+
+def _chain(
+    layout: _Layout, given: dict[str, Any], elapsed: Tensor, h0: Tensor | None, last: Tensor, reverse: bool
+) -> None:
+    scan_chain[(layout.blocks * layout.sequences,)](
+        A=given["A"],
+        elapsed=elapsed,
+        h0=last if h0 is None else h0,
+        last=last,
+        blocks=layout.blocks,
+        segments=layout.segments,
+        N=layout.N,
+        REVERSE=reverse,
+        HAS_H0=h0 is not None,
+        num_warps=1,
+    )

@@ -1,0 +1,275 @@
+"""The mixers' linear layers in training: what is kept for backward is the input, once, and nothing of a weight's size.
+
+A module that is a plain `nn.Linear`, or PEFT's plain LoRA on one, runs here as one function,
+
+    y = x Wᵀ + bias + Σ_i s_i · dropout(x) A_iᵀ B_iᵀ
+
+Run as modules under autocast, the same layers keep the half-precision copy of every frozen weight until backward, a
+copy of the input in each adapter's dtype, and make four tensors of the output's size on the way. Whatever is not plain
+(DoRA and the other variants, quantised layers, hooks, parametrisations, another tuner) is called as the module it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.func import functional_call
+from torch.nn.modules import module as _global
+from torch.torch_version import TorchVersion
+
+from .recomputation import runs_again
+
+Tensor = torch.Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+# torch.mm(…, out_dtype=torch.float32), on CUDA alone
+_MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
+
+
+# Of all modules; torch keeps these dictionaries and changes them in place.
+_GLOBAL_HOOKS = (
+    _global._global_forward_hooks,
+    _global._global_forward_pre_hooks,
+    _global._global_backward_hooks,
+    _global._global_backward_pre_hooks,
+)
+
+
+class Plain(NamedTuple):
+    """A linear layer whose modules do nothing but what their weights say."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+    A: Tensor | None  # (r, in): lora_A of every active adapter, one below the other; None: there is none
+    B: Tensor | None  # (out, r): lora_B, side by side
+    scaling: float
+    dropout: float  # of the adapters' input, 0 outside of training
+
+
+def project(
+    linear: nn.Module, x: Tensor, *, sizes: Sequence[int] | None = None, bias: bool = True, product: bool = True
+) -> Any:
+    """`linear(x)`, and its gradient, for a layer that may carry adapters.
+
+    Args:
+        x: (..., in).
+        sizes: features of each part to split the output into; each part is contiguous, and its gradient comes back
+            without the parts having to be put together.
+        bias: False leaves the layer's own bias out. To subtract it afterwards would be wrong in half precision: by
+            then it has rounded the product away.
+        product: False where a checkpointed segment runs again for what its backward needs and this is its last layer,
+            whose output nothing reads: of a plain layer it is then left out, and the values are arbitrary.
+
+    Returns:
+        (..., out), or a tuple of parts.
+    """
+    known = plain(linear)
+    dtype = None if known is None else _compute_dtype(known, x)
+    if known is None or dtype is None:
+        y = linear(x) if bias else _without_bias(linear, x)
+        return y if sizes is None else y.split(list(sizes), dim=-1)
+    weight, own_bias, A, B, scaling, dropout = known
+    return _Project.apply(x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product)
+
+
+def plain(linear: nn.Module) -> Plain | None:
+    """What `linear` computes, if that is all that calling it would do and it may be for a gradient; else None."""
+    # Reentrant checkpoints first run without gradients, and must then compute what they compute with them.
+    wanted = torch.is_grad_enabled() or linear.training or runs_again()
+    if not wanted or torch.compiler.is_compiling():
+        return None
+    if type(linear) is nn.Linear:
+        return Plain(linear.weight, linear.bias, None, None, 1.0, 0.0) if _bare(linear) else None
+    if type(linear) is not LoraLinear or hooked(linear) or linear.merged or linear.fan_in_fan_out:
+        return None
+    base = linear.base_layer
+    if type(base) is not nn.Linear or not _bare(base):
+        return None
+    if linear.disable_adapters:
+        return Plain(base.weight, base.bias, None, None, 1.0, 0.0)
+    names = [name for name in linear.active_adapters if name in linear.lora_A]
+    factors: list[tuple[Tensor, Tensor, float]] = []
+    rates: set[float] = set()
+    for name in names:
+        A, B, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
+        if name in linear.lora_variant or not (type(A) is type(B) is nn.Linear) or B.bias is not None:
+            return None
+        if not (_bare(A) and _bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or hooked(dropout):
+            return None
+        factors.append((A.weight, B.weight, linear.scaling[name]))
+        rates.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
+    if not names:
+        return Plain(base.weight, base.bias, None, None, 1.0, 0.0)
+    if len(names) == 1:
+        return Plain(base.weight, base.bias, *factors[0], rates.pop())
+    if rates != {0.0} or len({each.dtype for a, b, _ in factors for each in (a, b)}) > 1:
+        return None  # each has a dropout of its own
+    downs, ups = torch.cat([a for a, _, _ in factors]), torch.cat([b * s for _, b, s in factors], dim=1)
+    return Plain(base.weight, base.bias, downs, ups, 1.0, 0.0)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether it is a layer of a tuner of PEFT's, around the one that it adapts."""
+    return isinstance(module, BaseTunerLayer)
+
+
+def draws(linear: nn.Module) -> bool:
+    """Whether running `linear` draws random numbers: a dropout that is on, or anything that we do not know."""
+    known = plain(linear)
+    return known is None or known.dropout > 0
+
+
+def _bare(linear: nn.Linear) -> bool:
+    """No hook, no forward of its own, no parametrisation, weights that are plain tensors."""
+    weights = vars(linear)["_parameters"]
+    return (
+        not hooked(linear)
+        and type(weights.get("weight")) is nn.Parameter
+        and type(weights.get("bias")) in (nn.Parameter, type(None))
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class' forward: hooks, its own or for all, or another forward."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or any(_GLOBAL_HOOKS) or "forward" in vars(module)
+
+
+def _compute_dtype(layer: Plain, x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast and PEFT would compute all of it in; None where they would use several."""
+    device = x.device.type
+    dtypes = {each.dtype for each in (x, layer.weight, layer.bias, layer.A, layer.B) if each is not None}
+    if not all(dtype.is_floating_point and dtype.itemsize >= 2 for dtype in dtypes):
+        return None
+    if layer.weight.device != x.device or x.device.type == "meta":
+        return None
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device)
+    return x.dtype if len(dtypes) == 1 else None
+
+
+def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
+    """The module as it is, with zeros in place of its bias, so that every adapter does what it always does."""
+    zeros = {
+        name: torch.zeros(parameter.shape, dtype=parameter.dtype, device=x.device)
+        for name, parameter in linear.named_parameters()
+        if name.rpartition(".")[2] == "bias" and "lora_" not in name
+    }
+    return functional_call(linear, zeros, (x,), tie_weights=False)
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """scaling · a b in `dtype`: summed in float32 and rounded once."""
+    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in _HALF and dtype == torch.float32 and a.numel():
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        product = (a @ b).to(dtype)
+    return product if scaling == 1.0 else product.mul_(scaling)
+
+
+class _Project(torch.autograd.Function):
+    """See the module's docstring. x is in the dtype of the computation, the weights in their own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product):
+        dtype = x.dtype
+        t: Any = None
+        mask = None
+        parts = [len(weight)] if sizes is None else list(sizes)
+        with _no_autocast(x.device.type):
+            rows = x.reshape(-1, x.shape[-1])
+            W = weight.to(dtype)
+            down: Any = None if A is None else A.to(dtype)
+            up = None if B is None else (B if scaling == 1.0 else B * scaling).to(dtype)
+            if A is not None:
+                kept = rows
+                if dropout:
+                    kept, mask = torch.native_dropout(rows, dropout, True)
+                t = kept @ down.t()
+            if product:
+                offsets = [None] * len(parts) if bias is None else bias.to(dtype).split(parts)
+                ups = [None] * len(parts) if up is None else up.split(parts)
+                outputs = []
+                for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
+                    if rise is None:
+                        outputs.append(F.linear(rows, columns, offset))
+                    else:  # the small product first: to read it as well costs the large one no time
+                        outputs.append(F.linear(t, rise, offset).addmm_(rows, columns.t()))
+            else:
+                outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
+        # The copy of a weight lives on where its backward comes next, and is made again where that is far.
+        ctx.save_for_backward(x, W if runs_again() else weight, down, up, t, mask)
+        ctx.set_materialize_grads(False)
+        ctx.scaling, ctx.keep, ctx.parts = scaling, 1 - dropout, parts
+        ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias, A, B)]
+        outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+        return outputs[0] if sizes is None else tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):  # type: ignore[override]  # mypy sees the decorator, not the method
+        x, weight, down, up, t, mask = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
+        weight_dtype, bias_dtype, A_dtype, B_dtype = ctx.dtypes
+        dtype = x.dtype
+        d_rows: Any = None
+        q: Any = None
+        dW = db = dA = dB = None
+        with _no_autocast(x.device.type):
+            rows = x.reshape(-1, x.shape[-1])
+            present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, gradients)]
+            if for_A or (for_x and down is not None):
+                for part, dy in present:
+                    q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
+            if q is not None and for_A:
+                kept = rows if mask is None else rows * mask * (1 / ctx.keep)
+                dA = _mm(q.t(), kept, A_dtype)
+            if for_x:
+                if q is not None:
+                    d_rows = q @ down
+                    d_rows = d_rows if mask is None else d_rows.mul_(mask).mul_(1 / ctx.keep)
+                for part, dy in present:
+                    W = weight[part].to(dtype)
+                    d_rows = dy @ W if d_rows is None else d_rows.addmm_(dy, W)
+            if for_B:
+                dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
+            if for_weight:
+                dW = _joined([_mm(dy.t(), rows, weight_dtype) for _, dy in present], len(weight), present)
+            if for_bias:
+                db = _joined([dy.sum(0, dtype=bias_dtype) for _, dy in present], len(weight), present)
+        dx = None if d_rows is None else d_rows.view_as(x)
+        return dx, dW, db, dA, dB, None, None, None, None
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def _parts(sizes: Sequence[int], gradients: Sequence[Tensor | None]) -> list[tuple[slice, Tensor]]:
+    """Where each part of the output lies, and its gradient; parts that nothing used are left out."""
+    parts, start = [], 0
+    for size, dy in zip(sizes, gradients, strict=True):
+        if dy is not None:
+            parts.append((slice(start, start + size), dy))
+        start += size
+    return parts
+
+
+def _joined(blocks: list[Tensor], length: int, present: list[tuple[slice, Tensor]]) -> Tensor | None:
+    """The gradient of a weight from those of its rows; zeros for a part of the output that nothing used."""
+    if not blocks:
+        return None
+    if sum(map(len, blocks)) == length:
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    whole = blocks[0].new_zeros(length, *blocks[0].shape[1:])
+    for (rows, _), block in zip(present, blocks, strict=True):
+        whole[rows] = block
+    return whole

@@ -1,0 +1,140 @@
+"""Training on a GPU: the norms' kernels, linear layers in half precision, and what each level of recomputation costs.
+
+python -m pytest tests/gpu/test_training.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from peft_mamba import use_mixers
+from peft_mamba.kernels import norm
+from peft_mamba.mixers import LEVELS, recompute
+from peft_mamba.mixers.projection import project
+
+from ..peft_mamba.test_projection import adapted, run
+from ..peft_mamba.test_recompute import TRAINED, step, trained
+from ..peft_mamba.tiny import PRECISIONS, relative_rms, tiny_model, tokens
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weight_grad", [True, False])
+@pytest.mark.parametrize(
+    ("size", "group", "rows", "gated", "residual"),
+    [
+        (1536, 1536, 4097, False, False),
+        (2560, 2560, 300, False, True),
+        (48, 48, 1, False, True),
+        (3072, 3072, 1000, True, False),
+        (5120, 2560, 77, True, False),
+        (130, 65, 33, True, False),
+        (64, 64, 0, True, False),
+    ],
+)
+def test_rms_norm_against_float64(size, group, rows, gated, residual, weight_grad, dtype):
+    if norm._kernels() is None:
+        pytest.skip("Triton is not installed")
+    x = torch.randn(rows, size, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(size, device="cuda", requires_grad=weight_grad)
+    # A part of a wider tensor, as in_proj gives it.
+    wide = torch.randn(rows, 2 * size, device="cuda").to(dtype)
+    gate = wide[:, size:].requires_grad_() if gated else None
+    dy, dr = torch.randn(rows, size, device="cuda"), torch.randn(rows, size, device="cuda")
+
+    def function(x, weight, gate):
+        out = dtype if x.dtype == dtype else torch.float64
+        if residual:
+            y, same = norm.rms_norm_residual(x, weight, 1e-5, out_dtype=out)
+        else:
+            y, same = norm.rms_norm(x, weight, 1e-5, gate=gate, group_size=group, out_dtype=out), x
+        inputs = [each for each in (x, weight, gate) if each is not None and each.requires_grad]
+        gradients = torch.autograd.grad(
+            [y, same * 1], inputs, [dy.to(y.dtype), (dr if residual else dr * 0).to(x.dtype)]
+        )
+        return [y, *gradients]
+
+    actual = function(x, weight, gate)
+    double = [
+        None if each is None else each.detach().double().requires_grad_(each.requires_grad)
+        for each in (x, weight, gate)
+    ]
+    for mine, expected in zip(actual, function(*double), strict=True):
+        assert mine.shape == expected.shape
+        assert relative_rms(mine, expected) < TOLERANCE[dtype] or not expected.any()
+
+
+@pytest.mark.parametrize("sizes", [None, (16, 16, 8)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("options", [{}, {"adapters": 2}], ids=["one", "two"])
+def test_linear_layers_against_float64(options, precision, sizes):
+    layer = adapted(**options).cuda()
+    x, dy = torch.randn(2, 9, 24, device="cuda"), torch.randn(2, 9, 40, device="cuda")
+    y64, expected = run(layer.double(), x.double(), dy.double(), ours=False)
+    layer.float()
+    with torch.autocast("cuda", PRECISIONS[precision]):
+        y, gradients = run(layer, x, dy, ours=True, sizes=sizes)
+    assert relative_rms(y, y64) < 1e-2
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32 and relative_rms(gradient, expected[name]) < 1e-2, name
+    assert project(layer, x[:, :0]).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_every_level_trains_the_same(family, kind, precision, path):
+    model = trained(family, kind).cuda()
+    batch = {"input_ids": tokens().cuda(), "labels": tokens().cuda()}
+
+    def run_step():
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(7)
+        with torch.autocast("cuda", PRECISIONS[precision], enabled=precision != "fp32"):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+    recompute(model, "none")
+    expected = run_step()
+    for level in LEVELS[1:]:
+        recompute(model, level)
+        for name, gradient in run_step().items():
+            # Atomic sums in mamba-ssm's backward, rounded to half precision further up.
+            assert relative_rms(gradient, expected[name]) < (1e-4 if precision == "fp32" else 1e-2), (level, name)
+
+
+def test_the_cpu_trains_the_same():
+    _, _, expected = step(trained("mamba2", "sll"))
+    model = trained("mamba2", "sll").cuda()
+    _, _, gradients = step(model, input_ids=tokens().cuda(), labels=tokens().cuda())
+    for name, gradient in gradients.items():
+        assert relative_rms(gradient, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_each_level_takes_less_memory(family, path):
+    own = {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 1} if family == "mamba2" else {}
+    model = tiny_model(family, hidden_size=512, num_hidden_layers=12, vocab_size=512, **own).cuda()
+    use_mixers(model)
+    model.train().requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    ids = torch.randint(1, 500, (8, 512), device="cuda")
+    peaks = []
+    for level in LEVELS:
+        recompute(model, level)
+        for _ in range(2):  # the first one tunes kernels, with memory of its own
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model.backbone(input_ids=ids, use_cache=False).last_hidden_state.square().mean()
+            loss.backward()
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+    assert peaks[0] > 1.15 * peaks[1] and peaks[1] > 1.5 * peaks[2], peaks

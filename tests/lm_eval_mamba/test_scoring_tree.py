@@ -1,0 +1,121 @@
+"""Requests as a prefix tree, and the tree as batches: nothing lost, nothing twice, budgets kept."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lm_eval_mamba.scoring.budget import parse_bytes
+from lm_eval_mamba.scoring.schedule import batches
+from lm_eval_mamba.scoring.scorer import Plan
+from lm_eval_mamba.scoring.tree import PrefixTree
+
+# Few letters, so that prefixes, duplicates and branches are the rule.
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=25)
+
+
+def path(tree, leaf):
+    """Segments from the first to the leaf's last."""
+    segments = [int(tree.segment_of[leaf])]
+    while tree.parent[segments[0]] >= 0:
+        segments.insert(0, int(tree.parent[segments[0]]))
+    return segments
+
+
+@settings(max_examples=150, deadline=None)
+@given(sequences=SEQUENCES, cost=st.sampled_from([0, 1, 3]), height=st.integers(0, 3) | st.none(), ends=st.booleans())
+@example(sequences=[[1, 1]], cost=0, height=None, ends=False)
+def test_every_sequence_is_read_along_its_path(sequences, cost, height, ends):
+    tree = PrefixTree.of(sequences, cost, height, every_end=ends)
+    for sequence, leaf in zip(sequences, tree.leaf_of, strict=True):
+        tokens = np.concatenate([tree.tokens(segment) for segment in path(tree, leaf)])
+        assert tokens[: len(sequence)].tolist() == sequence
+        assert not ends or len(tokens) == len(sequence)
+        for depth in range(len(sequence)):
+            (segment,) = tree.segments_at(np.array([leaf]), np.array([depth]))
+            assert tree.start[segment] <= depth < tree.stop[segment] and segment in path(tree, leaf)
+    assert (tree.stop > tree.start).all() and (tree.parent < np.arange(len(tree.parent))).all()
+    assert height is None or tree.height.max() <= height
+    if cost == 0 and height is None and not ends:
+        assert tree.tokens_run == len({tuple(s[: i + 1]) for s in sequences for i in range(len(s))})
+
+
+def test_a_stretch_is_shared_only_where_that_pays():
+    few = [[1, *range(10, 20)], [1, *range(20, 30)]]
+    assert PrefixTree.of(few, fork_cost=0).tokens_run == 21
+    assert PrefixTree.of(few, fork_cost=2).tokens_run == 22
+    long = [[*range(100), 1], [*range(100), 2]]
+    assert PrefixTree.of(long, fork_cost=2).tokens_run == 102
+    nested = [[*range(100), *range(7), last] for last in range(4)] + [[*range(100), 200]]
+    tree = PrefixTree.of(nested, fork_cost=2)
+    assert tree.height.max() == 2 and tree.tokens_run == 100 + 7 + 4 + 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(sequences=SEQUENCES, max_tokens=st.integers(1, 30), spare=st.integers(0, 3))
+def test_batches_keep_to_the_budget_and_run_parents_first(sequences, max_tokens, spare):
+    tree = PrefixTree.of(sequences)
+    slots = int(tree.height.max()) + spare
+    held = {}  # slot to the segment whose state is there
+    waiting = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree.parent))
+    run = []
+    for batch in batches(tree, max_tokens, slots):
+        lengths = tree.stop[batch.segments] - tree.start[batch.segments]
+        assert lengths.sum() <= max_tokens or len(batch.segments) == 1
+        for segment, source in zip(batch.segments, batch.source, strict=True):
+            assert held.get(source) == tree.parent[segment] if source else tree.parent[segment] == -1
+        kept = {int(slot): segment for slot, segment in zip(batch.target, batch.segments, strict=True) if slot}
+        assert len(kept) == (batch.target > 0).sum() and all(1 <= slot <= slots for slot in kept)
+        for segment in batch.segments:
+            if tree.parent[segment] >= 0:
+                waiting[tree.parent[segment]] -= 1
+            assert (segment in kept.values()) == (tree.height[segment] > 0)
+        # A state that is still needed afterwards is not overwritten by this batch.
+        assert not any(waiting[held[slot]] for slot in kept if slot in held)
+        held |= kept
+        run += batch.segments.tolist()
+    assert sorted(run) == list(range(len(tree.start)))
+
+
+def test_a_tree_that_needs_more_states_than_there_are_is_refused():
+    tree = PrefixTree.of([[1, 1, 1], [1, 1, 2], [1, 2]])
+    with pytest.raises(ValueError, match="needs 2 states at once; there are 1 slots"):
+        next(batches(tree, 10, 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sequences=SEQUENCES, data=st.data())
+def test_each_word_of_each_request_is_scored_where_its_context_is(sequences, data):
+    requests = [([0, *s], data.draw(st.integers(1, len(s)))) for s in sequences]
+    plan = Plan(requests, 0, 10**6)
+    tree = plan.tree
+    position = {}  # (segment, depth) to the tokens read up to there
+    for leaf in range(len(tree.leaves)):
+        for depth in range(len(tree.leaves[leaf])):
+            (segment,) = tree.segments_at(np.array([leaf]), np.array([depth]))
+            position[int(segment), depth] = tree.leaves[leaf][: depth + 1].tolist()
+    ending = plan.ending(np.arange(len(tree.start))).tolist()
+    assert sorted(ending) == list(range(len(requests)))
+    for i, (tokens, count) in enumerate(requests):
+        pairs = plan.pair[plan.bounds[i] : plan.bounds[i + 1]]
+        for pair, place in zip(pairs, range(len(tokens) - count, len(tokens)), strict=True):
+            assert position[int(plan.segment[pair]), int(plan.depth[pair])] == tokens[:place]
+            assert plan.words[pair] == tokens[place]
+        assert int(plan.segment[pairs[-1]]) == next(
+            s for s in range(len(tree.start)) if i in plan.ending(np.array([s]))
+        )
+    scored = {(tuple(t[:place]), t[place]) for t, count in requests for place in range(len(t) - count, len(t))}
+    assert len(plan.words) == len(scored)
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"), [("2GiB", 2 * 2**30), (1000, 1000), ("1.5 mb", 1_500_000), ("64kib", 65536), ("7B", 7)]
+)
+def test_amounts_of_memory(amount, expected):
+    assert parse_bytes(amount) == expected
+
+
+@pytest.mark.parametrize("amount", ["", "lots", "2 GiBs", "-1", "1e9x"])
+def test_no_amounts_of_memory(amount):
+    with pytest.raises(ValueError, match=r"no amount of memory. Give bytes"):
+        parse_bytes(amount)

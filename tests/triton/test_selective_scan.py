@@ -1,0 +1,85 @@
+"""The Triton scan against the reference in float64, outputs and every gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .scan_cases import Case, check, draw, run
+
+CASES = {
+    "plain": Case(),
+    "fewer channels than lanes": Case(channels=7, states=5, length=3),
+    "several checkpoints": Case(batch=1, length=70, channels=33, states=8),
+    "no z": Case(without=("z",)),
+    "no D, no bias": Case(without=("D", "delta_bias")),
+    "z is half of a wider tensor": Case(strided=True, length=5),
+    "one token": Case(length=1, stateful=True),
+    "no tokens": Case(length=0, stateful=True),
+    "states": Case(stateful=True),
+    "documents": Case(rows="seq_idx", stateful=True, length=20),
+    "padding": Case(rows="lengths", stateful=True, batch=3, length=11),
+    "packed": Case(rows="packed", stateful=True, batch=4, length=9),
+    "few states": Case(states=3, length=6),
+    "many states": Case(states=64, channels=32, length=4),
+    "bf16": Case(dtype=torch.bfloat16, length=21),
+    "fp16": Case(dtype=torch.float16, length=21),
+    "segments": Case(batch=1, length=80, channels=8, states=4, stateful=True),
+    "segments with documents": Case(batch=1, length=80, channels=8, states=4, stateful=True, rows="seq_idx"),
+    "segments of packed rows": Case(batch=2, length=50, channels=8, states=4, stateful=True, rows="packed"),
+    "segments with padding": Case(batch=1, length=80, channels=8, states=4, stateful=True, rows="lengths"),
+}
+
+
+@pytest.fixture(scope="module")
+def scan():
+    return pytest.importorskip("peft_mamba.kernels.triton.selective_scan")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(scan, device, name, monkeypatch):
+    monkeypatch.setattr(scan, "SHORTEST_SEGMENT", 32)
+    check(scan.selective_scan, CASES[name], device)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(0, 20),
+    channels=st.integers(1, 70),
+    rows=st.sampled_from(["plain", "seq_idx", "lengths", "packed"]),
+    stateful=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(scan, device, batch, length, channels, rows, stateful, seed):
+    check(scan.selective_scan, Case(batch, length, channels, 4, rows=rows, stateful=stateful, seed=seed), device)
+
+
+def test_several_launches_of_backward_give_the_same(scan, device, monkeypatch):
+    case = Case(batch=5, length=9, stateful=True, rows="packed", states=4)
+    tensors, rows = draw(case, device)
+    whole = run(scan.selective_scan, tensors, rows, True)
+    monkeypatch.setattr(scan, "BACKWARD_PROGRAMS", 4)
+    parts = run(scan.selective_scan, tensors, rows, True)
+    for name, want in whole.items():
+        torch.testing.assert_close(parts[name], want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_only_wanted_gradients(scan, device):
+    tensors, _ = draw(replace(CASES["plain"], length=4), device)
+    tensors.pop("initial_state")
+    leaves = {name: x.detach().requires_grad_(name in ("u", "z")) for name, x in tensors.items()}
+    y, state = scan.selective_scan(*leaves.values())
+    assert state is None
+    y.sum().backward()
+    assert {name for name, x in leaves.items() if x.grad is not None} == {"u", "z"}
+
+
+def test_packed_rows_are_checked(scan, device):
+    tensors, _ = draw(CASES["plain"], device)
+    tensors.pop("initial_state")
+    bounds = torch.tensor([0, 13], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="2 rows"):
+        scan.selective_scan(*tensors.values(), cu_seqlens=bounds)
