@@ -259,6 +259,9 @@ def test_convolution_is_torchs_with_the_earlier_inputs_in_front():
     assert relative_rms(resumed, full.transpose(1, 2)[:, 5:]) < 1e-6
     packed = reference.causal_conv1d(x, weight, bias, seq_idx=torch.tensor([[0] * 5 + [1] * 6] * 2))
     assert relative_rms(packed[:, 5:], reference.causal_conv1d(x[:, 5:], weight, bias)) < 1e-6
+    short = {"initial_state": torch.randn(2, 3, 6), "seq_idx": torch.tensor([[0, 1, 1]] * 2)}
+    packed = reference.causal_conv1d(x[:, :3], weight, bias, **short)  # shorter than the kernel is wide
+    assert relative_rms(packed[:, 1:], reference.causal_conv1d(x[:, 1:3], weight, bias)) < 1e-6
     with pytest.raises(ValueError, match="gelu"):
         reference.causal_conv1d(x, weight, activation="gelu")
 
