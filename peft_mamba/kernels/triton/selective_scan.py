@@ -7,12 +7,12 @@ share of the gradients of A, B, C, D and delta_bias is summed up.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
@@ -31,6 +31,8 @@ BACKWARD_REGISTERS = 168
 CHECKPOINT = 32
 # Arguments that are rows of channels, with a stride.
 ROWS = {"u", "delta", "z", "dy", "du", "ddelta", "dz"}
+# What a kernel is told of the arguments that may be absent.
+FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets", "HAS_LENGTHS": "lengths"}
 # Programs of one launch of backward, which bounds its scratch memory (about 34 KiB each).
 BACKWARD_PROGRAMS = 2**13
 # Warps a multiprocessor below which long sequences are cut, and the shortest piece that one is cut into.
@@ -92,32 +94,49 @@ class _Layout:
     def of(cls, u: Tensor, states: int, cu_seqlens: Tensor | None) -> _Layout:
         batch, length, channels = u.shape
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        blocks = triton.cdiv(channels, LANES)
-        wanted = _multiprocessors(u.device) * WARPS_WANTED
+        varlen = cu_seqlens is not None
+        return cls._of(u.device, sequences, batch * length, length, channels, states, varlen, SHORTEST_SEGMENT)
+
+    # Kept, as a model's layers ask for the same again and again: what is computed here shows beside small kernels.
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def _of(
+        cls,
+        device: torch.device,
+        sequences: int,
+        tokens: int,
+        length: int,
+        channels: int,
+        states: int,
+        varlen: bool,
+        shortest: int,
+    ) -> _Layout:
+        blocks = _ceil_div(channels, LANES)
+        wanted = _multiprocessors(device) * WARPS_WANTED
         segments, split = 1, 0
         # In a packed row any sequence may be the whole of it; segments that turn out to be empty cost next to nothing.
-        if 0 < sequences * blocks <= wanted // 2 and length >= 2 * SHORTEST_SEGMENT:
-            split = max(SHORTEST_SEGMENT, triton.cdiv(batch * length * blocks, wanted))
-            split = triton.cdiv(split, CHECKPOINT) * CHECKPOINT
-            segments = triton.cdiv(length, split)
-        return cls(sequences, length, channels, states, cu_seqlens is not None, segments, split)
+        if 0 < sequences * blocks <= wanted // 2 and length >= 2 * shortest:
+            split = max(shortest, _ceil_div(tokens * blocks, wanted))
+            split = _ceil_div(split, CHECKPOINT) * CHECKPOINT
+            segments = _ceil_div(length, split)
+        return cls(sequences, length, channels, states, varlen, segments, split)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
-        return triton.cdiv(self.channels, LANES)
+        return _ceil_div(self.channels, LANES)
 
-    @property
+    @functools.cached_property
     def N(self) -> int:
-        return max(4, triton.next_power_of_2(self.states))
+        return max(4, 1 << (self.states - 1).bit_length())
 
     @property
     def checkpoints(self) -> int:
         """How many states are kept for backward, all sequences together."""
         if self.varlen:
             return self.length // CHECKPOINT + self.sequences
-        return self.sequences * triton.cdiv(self.length, CHECKPOINT)
+        return self.sequences * _ceil_div(self.length, CHECKPOINT)
 
-    @property
+    @functools.cached_property
     def arguments(self) -> dict[str, int]:
         return {
             "length": self.length,
@@ -134,7 +153,7 @@ class _Layout:
 
     def to_tiles(self, x: Tensor) -> Tensor:
         """(…, D, N) to (…, blocks, R, 4, 32) float32, zeros where tiles reach beyond D or N."""
-        x = F.pad(x.float(), (0, self.N - self.states, 0, self.blocks * LANES - self.channels))
+        x = _pad(x.float(), self.N - self.states, self.blocks * LANES - self.channels)
         x = x.unflatten(-1, (4, self.N // 4)).unflatten(-3, (self.blocks, 8, 4))  # blocks, 8, 4 | 4, R
         return x.movedim((-1, -3), (-4, -3)).flatten(-2).contiguous()
 
@@ -148,9 +167,19 @@ class _Layout:
 
     def per_token(self, x: Tensor) -> Tensor:
         """B or C to float32, contiguous, with zeros for states that only the tiles have."""
-        return F.pad(x.float(), (0, self.N - self.states)).contiguous()
+        return _pad(x.float(), self.N - self.states).contiguous()
 
 
+def _ceil_div(x: int, y: int) -> int:
+    return -(-x // y)  # triton.cdiv takes microseconds on the host
+
+
+def _pad(x: Tensor, *behind: int) -> Tensor:
+    """x with zeros behind its last dimensions, the last one first."""
+    return F.pad(x, [n for count in behind for n in (0, count)]) if any(behind) else x
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -306,26 +335,33 @@ class _SelectiveScan(torch.autograd.Function):
         )
 
 
+@functools.cache
+def _names(kernel: Any) -> tuple[frozenset[str], tuple[str, ...]]:
+    """A kernel's arguments, and those of them that are rows with a stride."""
+    return frozenset(kernel.arg_names), tuple(name for name in ROWS if f"stride_{name}" in kernel.arg_names)
+
+
 def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Any], **more: Any) -> None:
     """Run a kernel over the segments of this many sequences, with those of the arguments that it has."""
-    names = set(kernel.arg_names)
-    flags = {
-        "HAS_D": given["D"] is not None,
-        "HAS_Z": given["z"] is not None,
-        "HAS_BIAS": given["bias"] is not None,
-        "HAS_RESETS": given["resets"] is not None,
-        "HAS_LENGTHS": given["lengths"] is not None,
-    }
-    strides = {f"stride_{name}": _stride(x) for name, x in {**given, **more}.items() if name in ROWS}
     programs = layout.blocks * sequences * layout.segments
-    waves = triton.cdiv(programs, _multiprocessors(given["u"].device))
-    arguments = {**layout.arguments, **given, **flags, **strides, "programs": programs, "waves": waves, **more}
-    wanted = {name: x for name, x in arguments.items() if name in names or name in ("num_warps", "maxnreg")}
+    if not programs:
+        return
+    names, rows = _names(kernel)
     # A tensor that is not there is a pointer that no flag lets the kernel follow.
     anything = given["A"]
-    wanted = {name: anything if x is None else x for name, x in wanted.items()}
-    if programs:
-        kernel[(waves * triton.cdiv(programs, waves),)](**wanted)
+    waves = _ceil_div(programs, _multiprocessors(anything.device))
+    arguments = {**layout.arguments, "programs": programs, "waves": waves, **given, **more}
+    for name in rows:
+        arguments[f"stride_{name}"] = _stride(arguments[name])
+    for flag, name in FLAGS.items():
+        arguments[flag] = given[name] is not None
+    kernel[(waves * _ceil_div(programs, waves),)](
+        **{
+            name: anything if x is None else x
+            for name, x in arguments.items()
+            if name in names or name in ("num_warps", "maxnreg")
+        }
+    )
 
 
 def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None) -> tuple[Tensor, Tensor]:
