@@ -203,9 +203,14 @@ class MambaAMP(PrefixTreeLM):
 
     # scoring
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
+            yield
+
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         self._last_input = inps
-        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
+        with self._computing():
             return super()._model_call(inps, attn_mask, labels)
 
     def _select_cont_toks(
@@ -224,11 +229,11 @@ class MambaAMP(PrefixTreeLM):
             return scores
 
         processors = transformers.LogitsProcessorList([refuse_nan])
-        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
+        with self._computing():
             return super()._model_generate(context, max_length, stop, logits_processor=processors, **kwargs)
 
     def _nonfinite(self, forward: Any) -> NonFiniteError:
-        with self.precision.scope(self.device), mamba_kernels.use(self._kernels):
+        with self._computing():
             where = first_nonfinite(self.model, forward)
         hint = ""
         if self.precision.autocast is torch.float16:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from peft_mamba.mixers import mixers_of
 from peft_mamba.mixers.packing import MODELS
 from peft_mamba.mixers.state import CachedMixer
 from peft_mamba.nonfinite import NonFiniteError
-from peft_mamba.precision import Precision
 
 from .budget import Budget, parse_bytes
 from .encoding import encoded_pairs
@@ -40,14 +40,13 @@ HARMLESS = {
 class PrefixTreeLM(HFLM):
     """HFLM that reads no prefix twice where the model is a Mamba, and is HFLM elsewhere.
 
-    A subclass brings `precision` and `_nonfinite`.
+    A subclass brings `_computing`, the scope that forwards run in, and `_nonfinite`.
 
     Attributes:
         work: what the last call that scored by prefix tree did, in tokens.
     """
 
     work: Work | None = None
-    precision: Precision
     accelerator: Any
 
     def _set_scoring(self, scoring: str, state_budget: str | int | None, batch_tokens: int | None) -> None:
@@ -128,7 +127,7 @@ class PrefixTreeLM(HFLM):
             bar.update(1)
 
         scorer = PrefixScorer(self._base_model(), self.device, self._find_budget())
-        with bar, torch.no_grad(), self.precision.scope(self.device):
+        with bar, torch.no_grad(), self._computing():
             try:
                 scorer.score(self._truncated(requests), answered)
             except NaNScore as error:
@@ -159,6 +158,9 @@ class PrefixTreeLM(HFLM):
         return self._nonfinite(lambda: self.model(inputs))
 
     def _nonfinite(self, forward: Any) -> NonFiniteError:
+        raise NotImplementedError
+
+    def _computing(self) -> AbstractContextManager[None]:
         raise NotImplementedError
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -242,7 +244,7 @@ class PrefixTreeLM(HFLM):
         )
         bar = tqdm(total=len(numbers), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
         texts = []
-        with bar, torch.no_grad(), self.precision.scope(self.device):
+        with bar, torch.no_grad(), self._computing():
             try:
                 for i, tokens in generator.generate(prompts, kwargs["max_gen_toks"]):
                     text = self._text(tokens, until)

@@ -126,7 +126,7 @@ def test_results_say_what_ran(tiny):
 def test_kernels_can_be_named(tiny):
     lm = load(MambaAMP, tiny["mamba"], kernels="selective_scan=reference")
     ran = []
-    lm.model.register_forward_hook(lambda *_: ran.append(kernels.select("cpu").paths["selective_scan"]))
+    lm.model.backbone.register_forward_hook(lambda *_: ran.append(kernels.select("cpu").paths["selective_scan"]))
     lm.loglikelihood(requests("loglikelihood", PAIRS))
     assert set(ran) == {"reference (asked for by name)"}
     assert lm.get_model_info()["kernel_path"]["selective_scan"] == "reference (asked for by name)"
