@@ -223,7 +223,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.save_for_backward(*given.values(), checkpoints, elapsed)
         ctx.set_materialize_grads(False)
         final_state = None
-        if want_final:
+        if last is not None:
             final_state = layout.from_tiles(last.unflatten(0, (layout.sequences, layout.segments))[:, -1])
         return y, final_state
 
@@ -243,7 +243,7 @@ class _SelectiveScan(torch.autograd.Function):
         dlast = None if d_final is None else layout.to_tiles(d_final)
         slots = layout.sequences * layout.segments
         dh0 = layout.new_tiles(u, slots) if needs_h0 else None
-        sums = {
+        sums: dict[str, Any] = {
             "dA": layout.new_tiles(u, 1).zero_() if needs_A else None,
             "dD": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_D else None,
             "dbias": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_bias else None,
@@ -255,7 +255,9 @@ class _SelectiveScan(torch.autograd.Function):
             at_once = min(at_once, layout.sequences)
             programs = at_once * layout.segments
             scratch = layout.new_tiles(u, programs * (CHECKPOINT // BACKWARD_GROUP + BACKWARD_GROUP - 1))
-            parts = {name: None if x is None else x.new_empty(programs, *x.shape[1:]) for name, x in sums.items()}
+            parts: dict[str, Any] = {
+                name: None if x is None else x.new_empty(programs, *x.shape[1:]) for name, x in sums.items()
+            }
             for offset in range(0, layout.sequences, max(1, at_once)):
                 count = min(at_once, layout.sequences - offset)
                 _launch(
@@ -283,9 +285,9 @@ class _SelectiveScan(torch.autograd.Function):
                     GRAD_H0=needs_h0,
                     maxnreg=BACKWARD_REGISTERS,
                 )
-                for name, part in parts.items():
-                    if part is not None:
-                        sums[name] += part[: count * layout.segments].sum(0, keepdim=True)
+                for name, total in sums.items():
+                    if total is not None:
+                        total += parts[name][: count * layout.segments].sum(0, keepdim=True)
         dBC = shares.sum(1)[..., : layout.states].unflatten(0, u.shape[:2])
         type_A, type_B, type_C, type_D, type_bias, type_h0 = ctx.dtypes
         return (
@@ -297,14 +299,14 @@ class _SelectiveScan(torch.autograd.Function):
             sums["dD"][0, : layout.channels].to(type_D) if needs_D else None,
             dz,
             sums["dbias"][0, : layout.channels].to(type_bias) if needs_bias else None,
-            layout.from_tiles(dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0]).to(type_h0)
-            if needs_h0
-            else None,
+            None
+            if dh0 is None
+            else layout.from_tiles(dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0]).to(type_h0),
             *[None] * 4,
         )
 
 
-def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Tensor | None], **more: Any) -> None:
+def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Any], **more: Any) -> None:
     """Run a kernel over the segments of this many sequences, with those of the arguments that it has."""
     names = set(kernel.arg_names)
     flags = {
