@@ -5,9 +5,9 @@ import pytest
 from peft_mamba import kernels
 
 
-@pytest.fixture(params=["torch", "mamba_ssm"])
+@pytest.fixture(params=["torch", "triton", "mamba_ssm"])
 def path(request, monkeypatch):
-    """With mamba-ssm's kernels where they are installed, and as if they were not."""
+    """With each set of kernels that a GPU may run, as far as they are installed."""
     if problem := kernels.available("cuda")[request.param]:
         pytest.skip(problem)
     monkeypatch.setenv(kernels.ENVIRONMENT_VARIABLE, request.param)

@@ -156,7 +156,9 @@ def compare(
                 error *= (right.norm() / _terms_of_dA(run, rounded, rows, weights)).item()
             assert error < (tolerance or TOLERANCE[dtype]), f"{name} is off by {error:.1e}"
         else:
-            assert actual is None or not actual.any(), name
+            # dA is a sum of differences, which leave a rounding error where they cancel out.
+            most = TOLERANCE[dtype] if name == "gradient of A" else 0.0
+            assert actual is None or not actual.numel() or actual.abs().max() <= most, name
 
 
 def _terms_of_dA(run: Callable, inputs: dict, rows: dict, weights: list) -> torch.Tensor:

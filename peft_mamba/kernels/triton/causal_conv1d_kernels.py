@@ -270,7 +270,11 @@ def initial_gradients(
             if t + k < WIDTH - 1:
                 tap = tl.load(initial + (t + k) * channels, mask=in_width, other=0.0)
             else:
-                tap = tl.load(x + (t + k - WIDTH + 1) * x_token, mask=in_width & mine, other=0.0)
+                here = mine
+                if HAS_SEQ_IDX:
+                    there = tl.load(seq_idx + row * length + t + k - WIDTH + 1, mask=mine, other=0)
+                    here = here & (there == document)
+                tap = tl.load(x + (t + k - WIDTH + 1) * x_token, mask=in_width & here, other=0.0)
             s += tap.to(tl.float32) * w
         g = tl.load(dy + t * dy_token, mask=in_width & mine, other=0.0).to(tl.float32)
         if SILU:

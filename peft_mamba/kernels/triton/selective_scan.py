@@ -20,6 +20,7 @@ from ..reference import Tensor, check_packed, first_of_document
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
+from .step import is_step, selective_step
 
 # Channels of a program: the lanes of its one warp.
 LANES = 32
@@ -67,6 +68,13 @@ def selective_scan(
             lengths=lengths,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+        )
+    if is_step(u, cu_seqlens, delta, A, B, C, D, z, delta_bias, initial_state):
+        return selective_step(
+            *(u, delta, A, B, C, D, z, delta_bias),
+            initial_state=initial_state,
+            lengths=lengths,
             return_final_state=return_final_state,
         )
     if cu_seqlens is not None:

@@ -127,7 +127,6 @@ def _states(plan: _Plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlen
         *(*plan.sizes, *_strides(x), *_strides(B)),
         HAS_INITIAL=initial_state is not None,
         WITH_FINAL=final_state is not None,
-        WITH_STATES=True,
         **plan.constants,
         P=p,
         N=n,

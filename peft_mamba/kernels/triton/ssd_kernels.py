@@ -114,7 +114,7 @@ def states(
     x, dt, A, B, initial, lengths, seq_idx, cu_seqlens, h, final,
     length, chunks, heads, group_heads, head_size, state_size,
     x_row, x_token, x_head, b_row, b_token, b_group,
-    HAS_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_STATES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -136,8 +136,7 @@ def states(
     for i in range(tl.cdiv(stop - start, Q)):
         first = start + i * Q
         t = first + q
-        if WITH_STATES:
-            tl.store(h + ((slot + i) * heads + head) * size + at, state.to(h.dtype.element_ty), mask=inside)
+        tl.store(h + ((slot + i) * heads + head) * size + at, state.to(h.dtype.element_ty), mask=inside)
         step, _, _, out, through, _ = steps_of(
             dt, A, lengths, seq_idx, row, first, stop, length, heads, head, HAS_LENGTHS, HAS_SEQ_IDX, PRECISE, Q
         )
