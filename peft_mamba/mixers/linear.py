@@ -51,11 +51,12 @@ class Linear(nn.Linear):
     """nn.Linear with its larger float32 products on a CPU by oneDNN, forward and backward, and all others as ever."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._by_onednn(input):
+        if self.by_onednn(input):
             return _Product.apply(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
-    def _by_onednn(self, input: Tensor) -> bool:
+    def by_onednn(self, input: Tensor) -> bool:
+        """Whether the product with this input is one for oneDNN."""
         # The exact types: a DTensor or another wrapper of tensors is not for an operator that it does not know.
         return (
             type(input) is Tensor

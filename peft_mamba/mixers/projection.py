@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.modules import module as _global
 from torch.torch_version import TorchVersion
 
+from .linear import Linear
 from .recomputation import runs_again
 
 Tensor = torch.Tensor
@@ -71,6 +72,9 @@ def project(
         (..., out), or a tuple of parts.
     """
     known = plain(linear)
+    base = getattr(linear, "base_layer", linear)
+    if isinstance(base, Linear) and base.by_onednn(x):
+        known = None  # a faster product, of float32 on a CPU, where nothing is cast
     dtype = None if known is None else _compute_dtype(known, x)
     if known is None or dtype is None:
         y = linear(x) if bias else _without_bias(linear, x)
@@ -85,12 +89,12 @@ def plain(linear: nn.Module) -> Plain | None:
     wanted = torch.is_grad_enabled() or linear.training or runs_again()
     if not wanted or torch.compiler.is_compiling():
         return None
-    if type(linear) is nn.Linear:
+    if _is_linear(linear):
         return Plain(linear.weight, linear.bias, None, None, 1.0, 0.0) if _bare(linear) else None
     if type(linear) is not LoraLinear or hooked(linear) or linear.merged or linear.fan_in_fan_out:
         return None
     base = linear.base_layer
-    if type(base) is not nn.Linear or not _bare(base):
+    if not _is_linear(base) or not _bare(base):
         return None
     if linear.disable_adapters:
         return Plain(base.weight, base.bias, None, None, 1.0, 0.0)
@@ -99,7 +103,7 @@ def plain(linear: nn.Module) -> Plain | None:
     rates: set[float] = set()
     for name in names:
         A, B, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
-        if name in linear.lora_variant or not (type(A) is type(B) is nn.Linear) or B.bias is not None:
+        if name in linear.lora_variant or not (_is_linear(A) and _is_linear(B)) or B.bias is not None:
             return None
         if not (_bare(A) and _bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or hooked(dropout):
             return None
@@ -124,6 +128,11 @@ def draws(linear: nn.Module) -> bool:
     """Whether running `linear` draws random numbers: a dropout that is on, or anything that we do not know."""
     known = plain(linear)
     return known is None or known.dropout > 0
+
+
+def _is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether it is nn.Linear, of that very class, or what takes its place on a CPU."""
+    return type(module) in (nn.Linear, Linear)
 
 
 def _bare(linear: nn.Linear) -> bool:
