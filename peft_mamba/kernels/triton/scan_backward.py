@@ -7,9 +7,10 @@ scratch memory, then the groups are taken from the last to the first, each recom
 import triton
 import triton.language as tl
 
-from .elementwise import LN2, LOG2E, sigmoid
+from .elementwise import LN2, sigmoid
 from .scan_tiles import (
     advance,
+    channels_of,
     first_checkpoint,
     kernel,
     load,
@@ -22,7 +23,6 @@ from .scan_tiles import (
     state_pairs,
     step_size,
     store_sums,
-    tile_offsets,
 )
 
 
@@ -44,19 +44,12 @@ def scan_backward(
         cu_seqlens, length, blocks, offset, segments, split, waves, VARLEN
     )
     lane = tl.arange(0, 32)
-    d = block * 32 + lane
-    d_ok = d < channels
-    tile = tile_offsets(N)
-    a = tl.load(A + block * (N * 32) + tile) * LOG2E
-    bias_d = 0.0
-    if HAS_BIAS:
-        bias_d = load(bias + d, d_ok, MASK_D)
+    d, d_ok, tile, a, bias_d, limit = channels_of(
+        A, bias, lengths, block, sequence, segment, split, channels, N, HAS_BIAS, HAS_LENGTHS, MASK_D
+    )
     skip = 0.0
     if HAS_D:
         skip = load(D + d, d_ok, MASK_D)
-    limit = 0
-    if HAS_LENGTHS:
-        limit = tl.load(lengths + sequence).to(tl.int32) - segment * split
     slot = ((sequence * segments + segment) * blocks + block) * (N * 32)
     program = place(waves).to(tl.int64)  # in this launch, whose sums and scratch memory are its own
     dh = tl.zeros([N // 4, 4, 32], tl.float32)

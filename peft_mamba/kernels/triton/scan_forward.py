@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2E, sigmoid
+from .elementwise import sigmoid
 from .scan_tiles import (
     advance,
+    channels_of,
     first_checkpoint,
     floats,
     kernel,
@@ -17,7 +18,6 @@ from .scan_tiles import (
     program_of,
     state_pairs,
     step_size,
-    tile_offsets,
 )
 
 
@@ -36,20 +36,12 @@ def scan_forward(
     block, sequence, segment, first, tokens = program_of(
         cu_seqlens, length, blocks, offset, segments, split, waves, VARLEN
     )
-    lane = tl.arange(0, 32)
-    d = block * 32 + lane
-    d_ok = d < channels
-    tile = tile_offsets(N)
-    a = tl.load(A + block * (N * 32) + tile) * LOG2E
-    bias_d = 0.0
-    if HAS_BIAS:
-        bias_d = load(bias + d, d_ok, MASK_D)
+    d, d_ok, tile, a, bias_d, limit = channels_of(
+        A, bias, lengths, block, sequence, segment, split, channels, N, HAS_BIAS, HAS_LENGTHS, MASK_D
+    )
     skip = 0.0
     if HAS_D:
         skip = load(D + d, d_ok, MASK_D)
-    limit = 0
-    if HAS_LENGTHS:
-        limit = tl.load(lengths + sequence).to(tl.int32) - segment * split
     slot = ((sequence * segments + segment) * blocks + block) * (N * 32)
     h = tl.zeros([N // 4, 4, 32], tl.float32)
     if HAS_H0:

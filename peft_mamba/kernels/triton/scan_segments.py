@@ -10,8 +10,8 @@ from .elementwise import LOG2E, sigmoid
 from .scan_tiles import (
     RESET,
     advance,
+    channels_of,
     kernel,
-    load,
     load_states_inside,
     place,
     program_of,
@@ -38,16 +38,9 @@ def scan_ends(
         cu_seqlens, length, blocks, offset, segments, split, waves, VARLEN
     )
     lane = tl.arange(0, 32)
-    d = block * 32 + lane
-    d_ok = d < channels
-    tile = tile_offsets(N)
-    a = tl.load(A + block * (N * 32) + tile) * LOG2E
-    bias_d = 0.0
-    if HAS_BIAS:
-        bias_d = load(bias + d, d_ok, MASK_D)
-    limit = 0
-    if HAS_LENGTHS:
-        limit = tl.load(lengths + sequence).to(tl.int32) - segment * split
+    d, d_ok, tile, a, bias_d, limit = channels_of(
+        A, bias, lengths, block, sequence, segment, split, channels, N, HAS_BIAS, HAS_LENGTHS, MASK_D
+    )
     h = tl.zeros([N // 4, 4, 32], tl.float32)
     time = tl.zeros([32], tl.float32)
     boundary = tl.zeros([32], tl.float32)
@@ -96,17 +89,9 @@ def scan_ends_backward(
     block, sequence, segment, first, tokens = program_of(
         cu_seqlens, length, blocks, offset, segments, split, waves, VARLEN
     )
-    lane = tl.arange(0, 32)
-    d = block * 32 + lane
-    d_ok = d < channels
-    tile = tile_offsets(N)
-    a = tl.load(A + block * (N * 32) + tile) * LOG2E
-    bias_d = 0.0
-    if HAS_BIAS:
-        bias_d = load(bias + d, d_ok, MASK_D)
-    limit = 0
-    if HAS_LENGTHS:
-        limit = tl.load(lengths + sequence).to(tl.int32) - segment * split
+    d, d_ok, tile, a, bias_d, limit = channels_of(
+        A, bias, lengths, block, sequence, segment, split, channels, N, HAS_BIAS, HAS_LENGTHS, MASK_D
+    )
     dh = tl.zeros([N // 4, 4, 32], tl.float32)
     row = first + segment * split + tokens - K
     delta += row * stride_delta

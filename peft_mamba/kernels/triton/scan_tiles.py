@@ -16,7 +16,7 @@ import inspect
 import triton
 import triton.language as tl
 
-from .elementwise import halve, narrow, softplus_and_slope
+from .elementwise import LOG2E, halve, narrow, softplus_and_slope
 
 # Added to the exponent of a decay where a document starts: exp2 of it is 0.
 RESET = tl.constexpr(-1.0e30)
@@ -124,6 +124,28 @@ def tile_offsets(N: tl.constexpr):
     """Offsets of a tile's elements, (R, 4, 32)."""
     i = tl.arange(0, N // 4)[:, None, None] * 128 + tl.arange(0, 4)[None, :, None] * 32
     return i + tl.arange(0, 32)[None, None, :]
+
+
+@triton.jit
+def channels_of(
+    A, bias, lengths, block, sequence, segment, split, channels,
+    N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK_D: tl.constexpr,
+):  # fmt: skip
+    """What a program holds throughout: (channels, which of them there are, tile offsets, A · log2(e), bias, limit).
+
+    Tokens of the segment at and after `limit` are padding.
+    """
+    d = block * 32 + tl.arange(0, 32)
+    d_ok = d < channels
+    tile = tile_offsets(N)
+    a = tl.load(A + block * (N * 32) + tile) * LOG2E
+    bias_d = 0.0
+    if HAS_BIAS:
+        bias_d = load(bias + d, d_ok, MASK_D)
+    limit = 0
+    if HAS_LENGTHS:
+        limit = tl.load(lengths + sequence).to(tl.int32) - segment * split
+    return d, d_ok, tile, a, bias_d, limit
 
 
 @triton.jit
