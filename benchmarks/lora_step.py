@@ -7,14 +7,16 @@
     python benchmarks/lora_step.py --scaling --model mamba-130m # length 512 to 65,536 at equal tokens
     python benchmarks/lora_step.py --fit --arms ours-sll-bf16:block   # 2.8B and 2.7B within 24 GB
 
-An arm is KIND-WHAT-PRECISION[:RECOMPUTE]. KIND is ours, or stock: transformers' mixers and PEFT's own tuner. WHAT is
-full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours the `sll` preset,
-which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our blocks make again
-in backward: none, mixer or block.
+An arm is KIND-WHAT-PRECISION[:RECOMPUTE[+graphs]]. KIND is ours, or stock: transformers' mixers and PEFT's own tuner.
+WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours the `sll`
+preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our blocks make
+again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and packed batches filled up to one
+size.
 
 All arms take the same step: TRL's loss over chunks of the vocabulary, backward, the norm of the gradient clipped,
 AdamW. Weights and tokens are random. The first steps, which compile and tune kernels, are not timed; the time is the
-median of the rest, memory the peak of all that is allocated, weights and optimizer included. fp32 is without TF32, but
+median of the rest, memory the peak of all that is allocated, weights and optimizer included, and with graphs all that
+torch has reserved, since nothing counts what is in use within them. fp32 is without TF32, but
 for what mamba-ssm's Triton kernels do.
 """
 
@@ -33,6 +35,7 @@ import click
 import peft
 import torch
 from datasets import Dataset
+from lm_eval_mamba.cli.packed import FILLER, FullBatches
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from sizes import CONFIGS, random_model
@@ -46,7 +49,7 @@ from peft_mamba.precision import Precision
 
 STOCK_MODULES = {"mamba": ["in_proj", "x_proj", "embeddings"], "mamba2": ["in_proj", "embeddings"]}
 FULL_STOCK, FULL_OURS, STOCK = "stock-full-fp32", "ours-full-fp32:none", "stock-lora-bf16"
-OURS = [f"ours-sll-bf16:{level}" for level in LEVELS]
+OURS = [f"ours-sll-bf16:{level}" for level in ("none+graphs", "block+graphs", *LEVELS)]
 # Tokens per second over stock's, by family; over either full fp32; the share of stock's full fp32 memory per token.
 GOALS = {"mamba": 3.0, "mamba2": 2.5}
 GOAL_FULL, GOAL_MEMORY, GOAL_PACKED, GOAL_FIT = 10.0, 0.2, 2.0, 24e9
@@ -90,6 +93,7 @@ def stock_tuner() -> Iterator[None]:
 def build(config: Any, arm: str, r: int) -> tuple[Any, Precision]:
     """The model of an arm, ready to train, and its precision."""
     arm, _, level = arm.partition(":")
+    level, _, graphs = level.partition("+")
     kind, what, precision = arm.split("-")
     model = random_model(config, DEVICE)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
@@ -98,6 +102,8 @@ def build(config: Any, arm: str, r: int) -> tuple[Any, Precision]:
         if what != "full":
             model = peft.get_peft_model(model, peft_mamba.MambaLoraConfig(preset=what, r=r, lora_alpha=2 * r))
         recompute(model, level or DEFAULT)
+        if graphs:
+            peft_mamba.use_cuda_graphs(model)
     elif what != "full":
         modules = STOCK_MODULES[config.model_type]
         with stock_tuner():
@@ -112,7 +118,7 @@ class Step:
     def __init__(self, model: Any, precision: Precision) -> None:
         self.model, self.precision = model, precision
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=DEVICE == "cuda")
 
     def __call__(self, batch: dict[str, Any]) -> None:
         with self.precision.scope(torch.device(DEVICE)):
@@ -134,11 +140,13 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def measure(step: Step, batches: list[dict[str, Any]], warmup: int) -> Figures:
+def measure(step: Step, batches: list[dict[str, Any]], warmup: int, graphs: bool = False) -> Figures:
     """Over the batches behind the first `warmup`: the median of equal batches, the mean of batches that differ."""
     seconds, tokens = [], []
     for index, batch in enumerate(batches):
         batch = {name: each.to(DEVICE) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        mask = batch.get("attention_mask")
+        real = (batch["input_ids"].numel() if mask is None else int(mask.sum())) - batch.pop(FILLER, 0)
         if index == warmup and DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         synchronize()
@@ -147,9 +155,10 @@ def measure(step: Step, batches: list[dict[str, Any]], warmup: int) -> Figures:
         synchronize()
         if index >= warmup:
             seconds.append(time.perf_counter() - start)
-            mask = batch.get("attention_mask")
-            tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+            tokens.append(real)
+    peak = 0
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
     typical = statistics.median if len(set(tokens)) == 1 else statistics.mean
     return Figures(typical(seconds), round(statistics.mean(tokens)), peak)
 
@@ -164,7 +173,7 @@ def run(config: Any, arm: str, r: int, batches: list[dict[str, Any]], warmup: in
     free()
     model, precision = build(config, arm, r)
     try:
-        return measure(Step(model, precision), batches, warmup)
+        return measure(Step(model, precision), batches, warmup, "graphs" in arm)
     finally:
         del model
         free()
@@ -225,8 +234,10 @@ def compare_packing(config: Any, arm: str, r: int, rows: int, steps: int, warmup
     count = steps + warmup
 
     def batches(rows_of: Any, padding_free: bool) -> list[dict[str, Any]]:
-        collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+        collate: Any = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
         groups = [[rows_of[i] for i in range(n * rows, (n + 1) * rows)] for n in range(count)]
+        if padding_free and "graphs" in arm:
+            collate = FullBatches(collate, rows, 512, 0)
         return [collate(group) for group in groups if len(group) == rows]
 
     padded = try_run(config, arm, r, batches(documents, False), warmup)

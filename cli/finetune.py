@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl import SFTConfig
 
 from peft_mamba import checkpoints, kernels, report
-from peft_mamba.mixers import LEVELS, recompute
+from peft_mamba.mixers import LEVELS, recompute, use_cuda_graphs
 from peft_mamba.mixers.packing import packing_support
 from peft_mamba.precision import Precision
 from peft_mamba.provenance import git_state, versions
@@ -124,6 +124,8 @@ def _run(
     settings = _with_what_fits(model, settings, precision, process, console)
     if settings.recompute is not None:
         recompute(model, settings.recompute)
+    if settings.cuda_graphs:
+        use_cuda_graphs(model)
     identity = {
         "data": data.fingerprint,
         "processes": process.num_processes,
@@ -277,6 +279,7 @@ def _trainer(
         processing_class=tokenizer,
         precision=precision,
         directory=directory,
+        full_batches=bool(settings.cuda_graphs and settings.packing and PartialState().device.type == "cuda"),
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

@@ -144,6 +144,12 @@ def _positive(**kwargs: Any) -> Any:
     "everything but its input (block); auto: the first of these that fits. [default: auto]",
 )
 @click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=None,
+    help="On a GPU, launch the kernels of a Mamba's layers all at once while batches keep their size, as they do with "
+    "--packing. [default: for adapters]",
+)
+@click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=False,
     help="transformers' own, for models of any family: every layer runs again in backward.",

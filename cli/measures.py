@@ -109,9 +109,10 @@ class Meter:
             if running:
                 self.start()
 
-    def batch(self, inputs: dict[str, Any]) -> None:
-        """Count one mini-batch; its mask is read later, when the device is waited for anyway."""
-        self._pending.append(count_tokens(inputs))
+    def batch(self, inputs: dict[str, Any], filler: int = 0) -> None:
+        """Count one mini-batch, `filler` of its tokens no one's; its mask is read when the device is waited for."""
+        tokens, positions = count_tokens(inputs)
+        self._pending.append((tokens - filler, positions))
 
     def step(self) -> None:
         """An optimizer step was made."""

@@ -23,7 +23,9 @@ from peft_mamba.presets import MAMBA_FAMILIES, PRESETS
 PRESET_CHOICES = ("full", *PRESETS)
 RECOMPUTE_CHOICES = ("auto", *LEVELS)
 # May differ between a run and its resumption: they decide what is shown and kept, not what is learned.
-FREE_ON_RESUME = frozenset({"logging_steps", "save_steps", "save_total_limit", "report_to", "output", "recompute"})
+FREE_ON_RESUME = frozenset(
+    {"logging_steps", "save_steps", "save_total_limit", "report_to", "output", "recompute", "cuda_graphs"}
+)
 ADAPTER_ONLY = ("r", "alpha", "dropout")
 DEFAULT_BATCH_SIZE = 8
 EPOCHS_OF_DATASET = {"alpaca": 3.0, "openhermes": 1.0, "lima": 5.0}
@@ -74,6 +76,7 @@ class Settings:
     report_to: str
     output: str
     kernels: str | None = None
+    cuda_graphs: bool | None = None
 
     def as_yaml(self) -> str:
         """The settings as a file for `mamba-ft --config`."""
@@ -158,6 +161,8 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str], facts: ModelFa
         default(name, value, source)
     if facts.family in MAMBA_FAMILIES and not values["gradient_checkpointing"]:
         default("recompute", "auto", "as little as memory allows")
+        if values["preset"] != "full":
+            default("cuda_graphs", True, "faster, on a GPU, where batches are of one size")
     if values["preset"] != "full":
         default("alpha", 2.0 * values["r"], "2 r, TRL's ratio")
     default("batch_size", DEFAULT_BATCH_SIZE, "TRL's default; the papers name none")
@@ -179,6 +184,17 @@ def _refuse_contradictions(values: Mapping[str, Any], facts: ModelFacts) -> None
             f"--gradient-checkpointing makes every layer again, so --recompute {values['recompute']} would do nothing. "
             "Give one of the two; --recompute block is the faster one."
         )
+    if values["cuda_graphs"]:
+        for given, why in (
+            (facts.family not in MAMBA_FAMILIES, f"launch the layers of Mamba, and this is {facts.family}"),
+            (values["preset"] == "full", "hold gradients a second time, so they are for adapters, not --preset full"),
+            (
+                values["gradient_checkpointing"],
+                "cannot hold --gradient-checkpointing, but can --recompute block",
+            ),
+        ):
+            if given:
+                raise SettingsError(f"--cuda-graphs: they {why}. Leave it out.")
     if values["preset"] == "full":
         useless = [f"--{name} {values[name]}" for name in ADAPTER_ONLY if values[name] is not None]
         if useless:

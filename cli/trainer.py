@@ -23,6 +23,7 @@ from peft_mamba.precision import Precision
 from . import distributed
 from .measures import Meter, Tally
 from .outputs import RunDirectory
+from .packed import FILLER, FullBatches
 
 TRY = (
     "Try a lower --learning-rate, --warmup-steps, or --max-grad-norm below 1{more}; a new run can start from that "
@@ -37,6 +38,9 @@ class DivergedError(FloatingPointError):
 class MambaTrainer(SFTTrainer):
     """SFTTrainer that computes in a `Precision` and writes into a `RunDirectory`.
 
+    Args:
+        full_batches: packed batches are all filled up to one size.
+
     Raises:
         DivergedError: a loss or gradient is not finite, or gradients overflow at every loss scale; nothing is saved
             after that.
@@ -45,10 +49,17 @@ class MambaTrainer(SFTTrainer):
 
     model: Any
 
-    def __init__(self, *args: Any, precision: Precision, directory: RunDirectory, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, precision: Precision, directory: RunDirectory, full_batches: bool = False, **kwargs: Any
+    ) -> None:
         self.precision = precision
         self.directory = directory
         super().__init__(*args, **kwargs)
+        if full_batches:
+            collate: Any = self.data_collator
+            arguments: Any = self.args
+            rows, length = arguments.per_device_train_batch_size, arguments.max_length
+            self.data_collator = FullBatches(collate, rows, length, collate.pad_token_id)
         self.meter = Meter(self.args.device)
         self._saving = False
         self._unchecked_norm: torch.Tensor | float | None = None
@@ -88,9 +99,10 @@ class MambaTrainer(SFTTrainer):
     # finite or stopped
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        filler = inputs.pop(FILLER, 0)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
-            self.meter.batch(inputs)
+            self.meter.batch(inputs, filler)
             # TRL has just waited for the device to read its metrics, so these cost nothing more.
             loss = result[0] if isinstance(result, tuple) else result
             self.check_gradient()

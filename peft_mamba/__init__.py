@@ -7,7 +7,7 @@ print(peft_mamba.report(model))
 
 from .config import MambaLoraConfig
 from .kernels import KernelError, Kernels
-from .mixers import RecomputeError, recompute, use_mixers
+from .mixers import RecomputeError, recompute, use_cuda_graphs, use_mixers
 from .presets import PresetError, preset_modules
 from .report import GradientError, Report, report
 from .tuner import TargetError, register
@@ -24,6 +24,7 @@ __all__ = [
     "preset_modules",
     "recompute",
     "report",
+    "use_cuda_graphs",
     "use_mixers",
 ]
 

@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
 from .block import PARTS
+from .graphs import use_cuda_graphs
 from .linear import use_fast_linears
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
@@ -36,6 +37,7 @@ __all__ = [
     "mixers_of",
     "packing_support",
     "recompute",
+    "use_cuda_graphs",
     "use_mixers",
 ]
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from lm_eval_mamba.cli import memory
+from lm_eval_mamba.cli import finetune, memory
 from lm_eval_mamba.cli import model as models
 from lm_eval_mamba.cli.ft import main
 from lm_eval_mamba.cli.settings import ModelFacts, resolve
@@ -102,6 +102,17 @@ def test_packing_trains_on_the_same_documents_with_no_padding(ft, tmp_path, mode
     assert packed["held_out_loss"]["after"] < packed["held_out_loss"]["before"]
     apart = ft("--model", model, output=tmp_path / "apart")[2]
     assert packed["held_out_loss"]["before"] == pytest.approx(apart["held_out_loss"]["before"], rel=1e-4)
+
+
+def test_full_batches_learn_the_same(ft, tmp_path, monkeypatch):
+    """As on a GPU with CUDA graphs: what fills the batches up is no one's token, and in no loss."""
+    arguments = ("--packing", "--max-length", "256", "--batch-size", "2", "--max-steps", "3")
+    apart = ft(*arguments, output=tmp_path / "apart")[2]
+    trainer = lambda **options: MambaTrainer(**{**options, "full_batches": True})  # noqa: E731
+    monkeypatch.setattr(finetune, "MambaTrainer", trainer)
+    full = ft(*arguments, output=tmp_path / "full")[2]
+    assert full["padding_tokens"] > 0 == apart["padding_tokens"] and full["tokens"] == apart["tokens"]
+    assert full["held_out_loss"] == pytest.approx(apart["held_out_loss"], rel=1e-4)
 
 
 def test_packing_is_refused_where_documents_would_mix(ft, tiny):

@@ -115,5 +115,8 @@ def check(function: Callable, case: Case, device: str) -> None:
             continue
         assert got.shape == want.shape and torch.isfinite(got).all(), f"{name}: {case}"
         scale = want.pow(2).mean().sqrt()
+        if name == "d_delta_bias":
+            # A sum over tokens, whose rounding error its terms bound: for few channels they cancel out now and then.
+            scale = torch.maximum(scale, expected["d_delta"].abs().sum((0, 1)).pow(2).mean().sqrt())
         error = (got.double() - want).pow(2).mean().sqrt() / scale if scale else got.abs().max()
         assert error <= TOLERANCE[case.dtype], f"{name}: relative RMS error {error:.1e}: {case}"

@@ -18,9 +18,12 @@ from .scan_tiles import (
     over_states,
     penalty,
     place,
+    prefetch,
     program_of,
+    row_sectors,
     spread,
     state_pairs,
+    state_sectors,
     step_size,
     store_sums,
 )
@@ -62,6 +65,11 @@ def scan_backward(
     row = first + segment * split
     # The state before each group of K tokens, and behind those before each token that is left over.
     kept = scratch + program * ((CK // K + K - 1) * N * 32) + tile
+    rows, distance = _sectors(
+        u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, HAS_Z, MASK_D
+    )
+    states = state_sectors(B, C, K, N)
+    kept_sectors = scratch.to(tl.int64) + (program * ((CK // K + K - 1) * N * 32) + lane * (N // 4 * 4)) * 4
     chunks = tl.cdiv(tokens, CK)
     for back in range(0, chunks):
         chunk = chunks - 1 - back
@@ -120,13 +128,19 @@ def scan_backward(
             )  # fmt: skip
             sum_bias += d_raw
             sum_D += d_skip
-        t = whole - K
-        h = tl.load(kept + tl.maximum(t, 0) // K * (N * 32))
-        xs, raws = _pairs(u_c + t * stride_u, delta_c + t * stride_delta, stride_u, stride_delta, d, some, K, True)
-        gs, gates = _pairs(dy_c + t * stride_dy, z_c + t * stride_z, stride_dy, stride_z, d, some, K, True)
-        bs, cs = state_pairs(B_c + t * N, C_c + t * N, whole > 0, K, N, True)
         for i in range(0, whole, K):
             t = whole - K - i
+            # The group before this one, which is next: see `prefetch`.
+            ahead = tl.maximum(t - K, 0)
+            prefetch(rows + (here + ahead) * distance)
+            prefetch(states + (here + ahead) * (N * 4))
+            prefetch(kept_sectors + ahead // K * (N * 32 * 4))
+            h = tl.load(kept + t // K * (N * 32))
+            xs, raws = _pairs(
+                u_c + t * stride_u, delta_c + t * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D
+            )
+            gs, gates = _pairs(dy_c + t * stride_dy, z_c + t * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D)
+            bs, cs = state_pairs(B_c + t * N, C_c + t * N, True, K, N, False)
             before, dds, slopes = (h,), (), ()
             for k in tl.static_range(K):
                 dd, slope = step_size(raws[k].to(tl.float32) + bias_d, begin + t + k, limit, HAS_LENGTHS)
@@ -136,25 +150,6 @@ def scan_backward(
                     h = advance(h, dd, xs[k].to(tl.float32), bs[k], a, penalty(resets_c, t + k, HAS_RESETS))
                     before = before + (h,)
             for j in tl.static_range(K):
-                if j == K - 1:
-                    # The next group's inputs, on their way while the last token is computed; earlier they would take
-                    # registers that the states of this group still need.
-                    ahead = tl.maximum(t - K, 0)
-                    h = tl.load(kept + ahead // K * (N * 32))
-                    next_xs, next_raws = _pairs(
-                        u_c + ahead * stride_u,
-                        delta_c + ahead * stride_delta,
-                        stride_u,
-                        stride_delta,
-                        d,
-                        d_ok,
-                        K,
-                        MASK_D,
-                    )
-                    next_gs, next_gates = _pairs(
-                        dy_c + ahead * stride_dy, z_c + ahead * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D
-                    )
-                    next_bs, next_cs = state_pairs(B_c + ahead * N, C_c + ahead * N, True, K, N, False)
                 dh, sum_A, d_raw, d_skip = _step_back(
                     before[K - 1 - j], dh, sum_A, a, skip, xs[K - 1 - j].to(tl.float32), dds[K - 1 - j],
                     slopes[K - 1 - j],
@@ -164,7 +159,6 @@ def scan_backward(
                 )  # fmt: skip
                 sum_bias += d_raw
                 sum_D += d_skip
-            xs, raws, gs, gates, bs, cs = next_xs, next_raws, next_gs, next_gates, next_bs, next_cs
         tl.debug_barrier()
     if GRAD_A:
         tl.store(dA + program * (N * 32) + tile, sum_A)
@@ -174,6 +168,24 @@ def scan_backward(
         tl.store(dbias + program * 32 + lane, sum_bias)
     if GRAD_H0:
         tl.store(dh0 + slot + tile, dh)
+
+
+@triton.jit
+def _sectors(
+    u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels,
+    K: tl.constexpr, HAS_Z: tl.constexpr, MASK_D: tl.constexpr,
+):  # fmt: skip
+    """What to `prefetch` of K rows, and the distance to what is one row further, one address a lane."""
+    eighth = tl.arange(0, 32) // 8
+    address, distance = row_sectors(u, stride_u, block, channels, K, MASK_D)
+    other, step = row_sectors(delta, stride_delta, block, channels, K, MASK_D)
+    address, distance = tl.where(eighth == 1, other, address), tl.where(eighth == 1, step, distance)
+    other, step = row_sectors(dy, stride_dy, block, channels, K, MASK_D)
+    address, distance = tl.where(eighth == 2, other, address), tl.where(eighth == 2, step, distance)
+    if HAS_Z:
+        other, step = row_sectors(z, stride_z, block, channels, K, MASK_D)
+        address, distance = tl.where(eighth == 3, other, address), tl.where(eighth == 3, step, distance)
+    return address, distance
 
 
 @triton.jit

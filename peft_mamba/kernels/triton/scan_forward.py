@@ -7,17 +7,21 @@ from .elementwise import sigmoid
 from .scan_tiles import (
     advance,
     channels_of,
+    fetch,
     first_checkpoint,
-    floats,
     kernel,
     load,
     load_states,
     over_states,
     penalty,
     place,
+    prefetch,
     program_of,
+    row_sectors,
     state_pairs,
+    state_sectors,
     step_size,
+    values,
 )
 
 
@@ -28,7 +32,7 @@ def scan_forward(
     N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr, LAST: tl.constexpr,
-    MASK_D: tl.constexpr,
+    MASK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y of a segment from its initial state; on request its last state, and the checkpoints for backward."""
     if place(waves) >= programs:
@@ -56,22 +60,30 @@ def scan_forward(
     C += row * N
     resets += row
     whole = tokens // K * K
-    # The loads of one group are issued while the group before the last is computed, those of B and C, which come from
-    # the L2 cache, while the last is. They end up at the end of the loop's body, whatever their place in it, since
-    # nothing in it needs them; so nothing there may wait for them either.
-    some = d_ok & (whole > 0)
-    xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, some, K, HAS_Z, True)
-    bs, cs = state_pairs(B, C, whole > 0, K, N, True)
-    xs, raws, gates = floats(xs, K), floats(raws, K), floats(gates, K)
-    ahead = tl.where(whole > K, K, 0).to(tl.int64)
-    next_xs, next_raws, next_gates = _rows(
-        u + ahead * stride_u, delta + ahead * stride_delta, z + ahead * stride_z, stride_u, stride_delta, stride_z,
-        d, some, K, HAS_Z, True,
-    )  # fmt: skip
+    # With few warps a multiprocessor, AHEAD: u, delta and z are loaded two groups ahead, B and C one, which takes 170
+    # registers. With many, at their use: by then they are in the L1 cache, and other warps bridge the way from there.
+    rows, distance = _sectors(u, delta, z, stride_u, stride_delta, stride_z, block, channels, K, HAS_Z, MASK_D)
+    states = state_sectors(B, C, K, N)
+    if AHEAD:
+        some = d_ok & (whole > 0)
+        xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, some, K, HAS_Z, True, True)
+        bs, cs = state_pairs(B, C, whole > 0, K, N, True)
+        xs, raws, gates = values(xs, u, K), values(raws, delta, K), values(gates, z, K)
+        second = tl.where(whole > K, K, 0).to(tl.int64)
+        next_xs, next_raws, next_gates = _rows(
+            u + second * stride_u, delta + second * stride_delta, z + second * stride_z, stride_u, stride_delta,
+            stride_z, d, some, K, HAS_Z, True, True,
+        )  # fmt: skip
     for t in range(0, whole, K):
+        ahead = tl.minimum(t + K, whole - K).to(tl.int64)
+        prefetch(states + ahead * (N * 4))
         if SAVE:
             if t % CK == 0:
                 tl.store(checkpoints + ((checkpoint + t // CK) * blocks + block) * (N * 32) + tile, h)
+        if not AHEAD:
+            prefetch(rows + ahead * distance)
+            xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, K, HAS_Z, MASK_D, False)
+            bs, cs = state_pairs(B, C, True, K, N, False)
         for k in tl.static_range(K):
             h, out = _step(
                 h, xs[k], raws[k] + bias_d, gates[k], bs[k], cs[k], a, skip, t + k, limit, resets,
@@ -79,27 +91,34 @@ def scan_forward(
             )  # fmt: skip
             tl.store(y + k * channels + d, out.to(y.dtype.element_ty), mask=d_ok)
         y += K * channels
-        xs, raws, gates = floats(next_xs, K), floats(next_raws, K), floats(next_gates, K)
-        ahead = tl.minimum(t + 2 * K, whole - K).to(tl.int64)
-        next_xs, next_raws, next_gates = _rows(
-            u + ahead * stride_u, delta + ahead * stride_delta, z + ahead * stride_z, stride_u, stride_delta, stride_z,
-            d, d_ok, K, HAS_Z, MASK_D,
-        )  # fmt: skip
-        ahead = tl.minimum(t + K, whole - K).to(tl.int64)
-        bs, cs = state_pairs(B + ahead * N, C + ahead * N, True, K, N, False)
-    u += whole.to(tl.int64) * stride_u
-    delta += whole.to(tl.int64) * stride_delta
-    z += whole.to(tl.int64) * stride_z
-    B += whole.to(tl.int64) * N
-    C += whole.to(tl.int64) * N
+        if AHEAD:
+            xs, raws, gates = values(next_xs, u, K), values(next_raws, delta, K), values(next_gates, z, K)
+            after = tl.minimum(t + 2 * K, whole - K).to(tl.int64)
+            next_xs, next_raws, next_gates = _rows(
+                u + after * stride_u, delta + after * stride_delta, z + after * stride_z, stride_u, stride_delta,
+                stride_z, d, d_ok, K, HAS_Z, MASK_D, True,
+            )  # fmt: skip
+            bs, cs = state_pairs(B + ahead * N, C + ahead * N, True, K, N, False)
+        else:
+            u += K * stride_u
+            delta += K * stride_delta
+            z += K * stride_z
+            B += K * N
+            C += K * N
+    if AHEAD:
+        u += whole.to(tl.int64) * stride_u
+        delta += whole.to(tl.int64) * stride_delta
+        z += whole.to(tl.int64) * stride_z
+        B += whole.to(tl.int64) * N
+        C += whole.to(tl.int64) * N
     for t in range(whole, tokens):
         if SAVE:
             if t % CK == 0:
                 tl.store(checkpoints + ((checkpoint + t // CK) * blocks + block) * (N * 32) + tile, h)
-        x, raw, gate = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, 1, HAS_Z, MASK_D)
+        x, raw, gate = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, 1, HAS_Z, MASK_D, False)
         h, out = _step(
-            h, x[0].to(tl.float32), raw[0].to(tl.float32) + bias_d, gate[0].to(tl.float32), load_states(B, N),
-            load_states(C, N), a, skip, t, limit, resets, HAS_Z, HAS_RESETS, HAS_LENGTHS,
+            h, x[0], raw[0] + bias_d, gate[0], load_states(B, N), load_states(C, N), a, skip, t, limit, resets,
+            HAS_Z, HAS_RESETS, HAS_LENGTHS,
         )  # fmt: skip
         tl.store(y + d, out.to(y.dtype.element_ty), mask=d_ok)
         u += stride_u
@@ -113,20 +132,44 @@ def scan_forward(
 
 
 @triton.jit
-def _rows(
-    first, second, third, stride_first, stride_second, stride_third, d, d_ok,
-    K: tl.constexpr, THIRD: tl.constexpr, MASKED: tl.constexpr,
+def _sectors(
+    u, delta, z, stride_u, stride_delta, stride_z, block, channels,
+    K: tl.constexpr, HAS_Z: tl.constexpr, MASK_D: tl.constexpr,
 ):  # fmt: skip
-    """K tokens of three tensors, as tuples of what `load` gives; without THIRD the first stands for the third."""
-    firsts, seconds, thirds = (), (), ()
+    """What to `prefetch` of K rows, and the distance to what is one row further, one address a lane."""
+    eighth = tl.arange(0, 32) // 8
+    address, distance = row_sectors(u, stride_u, block, channels, K, MASK_D)
+    other, step = row_sectors(delta, stride_delta, block, channels, K, MASK_D)
+    address, distance = tl.where(eighth == 1, other, address), tl.where(eighth == 1, step, distance)
+    if HAS_Z:
+        other, step = row_sectors(z, stride_z, block, channels, K, MASK_D)
+        address, distance = tl.where(eighth == 2, other, address), tl.where(eighth == 2, step, distance)
+    return address, distance
+
+
+@triton.jit
+def _rows(
+    u, delta, z, stride_u, stride_delta, stride_z, d, d_ok,
+    K: tl.constexpr, HAS_Z: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """K tokens of u, delta and z as tuples: EARLY of what `fetch` gives, else of float32; u stands for an absent z."""
+    xs, raws, gates = (), (), ()
     for k in tl.static_range(K):
-        firsts = firsts + (load(first + k * stride_first + d, d_ok, MASKED),)
-        seconds = seconds + (load(second + k * stride_second + d, d_ok, MASKED),)
-        if THIRD:
-            thirds = thirds + (load(third + k * stride_third + d, d_ok, MASKED),)
+        xs = xs + (_one(u + k * stride_u + d, d_ok, MASKED, EARLY),)
+        raws = raws + (_one(delta + k * stride_delta + d, d_ok, MASKED, EARLY),)
+        if HAS_Z:
+            gates = gates + (_one(z + k * stride_z + d, d_ok, MASKED, EARLY),)
         else:
-            thirds = thirds + (firsts[k],)
-    return firsts, seconds, thirds
+            gates = gates + (xs[k],)
+    return xs, raws, gates
+
+
+@triton.jit
+def _one(pointer, mask, MASKED: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        return fetch(pointer, mask, MASKED)
+    else:
+        return load(pointer, mask, MASKED).to(tl.float32)
 
 
 @triton.jit

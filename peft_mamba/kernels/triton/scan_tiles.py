@@ -12,7 +12,9 @@ tile's pointer to be a multiple of 16 bytes; hence `POINTERS`.
 """
 
 import inspect
+import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -20,6 +22,8 @@ from .elementwise import LOG2E, halve, narrow, softplus_and_slope
 
 # Added to the exponent of a decay where a document starts: exp2 of it is 0.
 RESET = tl.constexpr(-1.0e30)
+# Whether kernels are compiled for NVIDIA's GPUs: not for AMD's, nor run by Triton's interpreter.
+BY_PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")
 # Triton compiles a kernel anew where a number is 1, or it or a pointer is a multiple of 16. Nothing here gains by that:
 # pointers to tiles must not be known as aligned (see above), of the others only those to B and C matter, and lengths
 # that differ from batch to batch would each cost seconds.
@@ -52,12 +56,77 @@ def load(pointer, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def floats(xs, K: tl.constexpr):
-    """A tuple of K in float32."""
+def fetch(pointer, mask, MASKED: tl.constexpr):
+    """`load` for a value that is needed some turns of the loop later: of half precision its bits, see `value`.
+
+    Carried around a loop as 16 bits, two values would be packed into one register, and packing waits for the load. Of
+    what comes from inline assembly the compiler cannot tell that 16 bits hold it.
+    """
+    if BY_PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        if MASKED:
+            asm: tl.constexpr = """{
+                .reg .pred inside;
+                setp.ne.s32 inside, $2, 0;
+                mov.u32 $0, 0;
+                @inside ld.global.nc.u16 $0, [$1];
+            }"""
+            return tl.inline_asm_elementwise(asm, "=&r,l,r", [pointer, mask.to(tl.int32)], tl.int32, True, 1)
+        else:
+            return tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [pointer], tl.int32, True, 1)
+    else:
+        return load(pointer, mask, MASKED)
+
+
+@triton.jit
+def value(fetched, pointer):
+    """What `fetch` brought from `pointer`, in float32."""
+    if BY_PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        if pointer.dtype.element_ty == tl.bfloat16:
+            return (fetched << 16).to(tl.float32, bitcast=True)
+        else:
+            return fetched.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return fetched.to(tl.float32)
+
+
+@triton.jit
+def values(fetched, pointer, K: tl.constexpr):
+    """A tuple of K."""
     floats = ()
     for k in tl.static_range(K):
-        floats = floats + (xs[k].to(tl.float32),)
+        floats = floats + (value(fetched[k], pointer),)
     return floats
+
+
+@triton.jit
+def prefetch(addresses):
+    """Ask for the 32 bytes at each of these addresses (int64) to be in the L1 cache soon; nothing waits for them.
+
+    A load that is issued one turn of a loop ahead needs a register all through the loop's body; where there are none
+    left, the value goes to the stack at once, which waits for it.
+    """
+    if BY_PTX:
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], tl.int32, False, 1)
+
+
+@triton.jit
+def row_sectors(tensor, stride, block, channels, rows: tl.constexpr, MASK_D: tl.constexpr):
+    """Address and distance in bytes, one a lane of 8, of two sectors in each of `rows` rows of a block of channels."""
+    size: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
+    lane = tl.arange(0, 32)
+    place = block * 32 + lane % 2 * 16
+    if MASK_D:
+        place = tl.minimum(place, channels - 1)
+    distance = tl.full([32], stride, tl.int64) * size
+    return tensor.to(tl.int64) + place * size + (lane // 2 % rows) * distance, distance
+
+
+@triton.jit
+def state_sectors(B, C, K: tl.constexpr, N: tl.constexpr):
+    """Addresses of the sectors of K rows of B, and of C: the first 16 of each."""
+    lane = tl.arange(0, 32)
+    last: tl.constexpr = K * N // 8 - 1
+    return tl.where(lane < 16, B.to(tl.int64), C.to(tl.int64)) + tl.minimum(lane % 16, last) * 32
 
 
 @triton.jit

@@ -35,7 +35,9 @@ ROWS = {"u", "delta", "z", "dy", "du", "ddelta", "dz"}
 # What a kernel is told of the arguments that may be absent.
 FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets", "HAS_LENGTHS": "lengths"}
 # Programs of one launch of backward, which bounds its scratch memory (about 34 KiB each).
-BACKWARD_PROGRAMS = 2**13
+BACKWARD_PROGRAMS = 2**14
+# Programs a multiprocessor up to which forward loads ahead: at the registers which that takes, so many run at once.
+FEW_PROGRAMS = 12
 # Warps a multiprocessor below which long sequences are cut, and the shortest piece that one is cut into.
 WARPS_WANTED, SHORTEST_SEGMENT = 8, 256
 
@@ -136,6 +138,10 @@ class _Layout:
     @functools.cached_property
     def N(self) -> int:
         return max(4, 1 << (self.states - 1).bit_length())
+
+    def few_programs(self, device: torch.device) -> bool:
+        programs = self.sequences * self.segments * self.blocks
+        return programs <= FEW_PROGRAMS * _multiprocessors(device)
 
     @property
     def checkpoints(self) -> int:
@@ -251,6 +257,7 @@ class _SelectiveScan(torch.autograd.Function):
                 HAS_H0=h0 is not None,
                 SAVE=checkpoints is not None,
                 LAST=want_final,
+                AHEAD=layout.few_programs(u.device),
             )
         ctx.layout, ctx.dtypes = (
             layout,

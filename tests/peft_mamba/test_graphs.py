@@ -1,0 +1,119 @@
+"""What use_cuda_graphs does to a model where nothing can be captured: nothing. tests/gpu has the rest."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from peft_mamba import use_cuda_graphs
+from peft_mamba.mixers import graphs
+
+from .test_recompute import step, trained
+from .tiny import tiny_model, tokens
+
+FAMILIES = ("mamba", "mamba2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_cpu_all_runs_as_before(family):
+    model = trained(family, "sll")
+    loss, _, expected = step(model)
+    assert use_cuda_graphs(model) == 1
+    again, _, gradients = step(model)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+    layers = model.base_model.model.backbone.layers
+    assert len(list(layers)) == len(layers) == 2
+    states = model(tokens(), output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, use_cuda_graphs(model, False) and model(tokens()).logits)
+
+
+def test_a_forward_that_fails_leaves_the_blocks_as_they_were():
+    model = trained("mamba", "sll")
+    use_cuda_graphs(model)
+    backbone = model.base_model.model.backbone
+    with pytest.raises(ValueError, match="attention_mask"):
+        backbone(input_ids=tokens(), attention_mask=torch.ones(3, 5))
+    assert not backbone.layers.as_one and len(list(backbone.layers)) == 2
+
+
+def test_copies_and_files_begin_without_graphs():
+    model = trained("mamba", "sll")
+    use_cuda_graphs(model)
+    own = model.base_model.model.backbone.layers.graphs
+    own._times = 7
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        theirs = other.base_model.model.backbone.layers.graphs
+        assert theirs is not own and theirs._times == 0
+        assert torch.equal(other(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_model_without_our_mixers_is_left_alone():
+    model = tiny_model("mamba")
+    assert use_cuda_graphs(model) == 0 and type(model.backbone.layers) is nn.ModuleList
+
+
+def state(model):
+    return graphs._state_of(list(model.base_model.model.backbone.layers))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.eval(),
+        lambda model: model.base_model.model.backbone.layers[1].mixer.in_proj.scaling.update(default=9.0),
+        lambda model: model.base_model.model.backbone.layers[0].mixer.A_log.requires_grad_(True),
+        lambda model: setattr(model.base_model.model.backbone.layers[0].mixer.in_proj.lora_dropout["default"], "p", 0.1),
+        lambda model: setattr(model.base_model.model.backbone.layers[0], "recompute", "none"),
+        lambda model: setattr(
+            model.base_model.model.backbone.layers[0].norm, "weight", nn.Parameter(torch.ones(32), requires_grad=False)
+        ),
+        lambda model: model.merge_adapter(),
+    ],
+)
+def test_what_a_graph_has_baked_in_is_noticed(change):
+    model = trained("mamba", "dropout")
+    before = state(model)
+    assert isinstance(before, tuple) and before == state(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0  # an optimizer's step is nothing new
+    assert state(model) == before
+    change(model)
+    assert state(model) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepare", "reason"),
+    [
+        ("full", lambda model: None, "are trained"),
+        ("sll", lambda model: model.requires_grad_(False), "no weight of the layers"),
+        ("sll", lambda model: model.gradient_checkpointing_enable(), "gradient checkpointing"),
+        ("sll", lambda model: [m.register_forward_hook(lambda *a: None) for m in model.modules()], "has hooks"),
+        ("dropout", lambda model: [setattr(m, "recompute", "block") for m in model.modules()], "random state"),
+    ],
+)
+def test_what_keeps_a_step_from_being_captured(kind, prepare, reason):
+    model = trained("mamba", kind)
+    prepare(model)
+    backbone = model.backbone if kind == "full" else model.base_model.model.backbone
+    assert reason in graphs._state_of(list(backbone.layers))
+
+
+def test_other_leaves_share_the_weights_and_go_again():
+    model = trained("mamba", "sll")
+    blocks = list(model.base_model.model.backbone.layers)
+    before = [id(each) for each in model.parameters()]
+    weights = graphs._trained(blocks)
+    with graphs._as_other_leaves(blocks) as leaves:
+        assert [leaf.data_ptr() for leaf in leaves] == [weight.data_ptr() for weight in weights]
+        assert not {id(leaf) for leaf in leaves} & {id(weight) for weight in weights}
+        assert all(a is b for a, b in zip(graphs._trained(blocks), leaves, strict=True))
+    assert [id(each) for each in model.parameters()] == before
