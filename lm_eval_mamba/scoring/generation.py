@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import PackedSequences, StatePool
 
 from .budget import Budget, fork_cost
@@ -64,7 +65,8 @@ class GreedyGenerator:
             rows = MOST_ROWS.get(self.device.type, MOST_ROWS["cpu"])
             block = sorted(waiting)[: max(1, min(rows, self.budget.most_states(self.model) // 2, self.budget.tokens))]
             try:
-                written = self._block(block, max_new_tokens)
+                with frozen_weights(self.budget.copy_bytes):
+                    written = self._block(block, max_new_tokens)
             except Exception as error:
                 if not should_reduce_batch_size(error) or not self.budget.halve():
                     raise

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import StatePool
 
 from .budget import Budget, fork_cost
@@ -113,9 +114,10 @@ class PrefixScorer:
         while left:
             pending = list(left)
             try:
-                for number, answer in self._pass([requests[i] for i in pending]):
-                    del left[pending[number]]
-                    answered(pending[number], answer)
+                with frozen_weights(self.budget.copy_bytes):
+                    for number, answer in self._pass([requests[i] for i in pending]):
+                        del left[pending[number]]
+                        answered(pending[number], answer)
             except Exception as error:
                 if not should_reduce_batch_size(error) or not self.budget.halve():
                     raise
