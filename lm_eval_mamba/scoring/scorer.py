@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class Plan:
         self.bounds = np.concatenate([[0], np.cumsum(counts)])
         total = int(self.bounds[-1])
         depth = np.arange(total) - np.repeat(self.bounds[1:] - ends + 1, counts)
-        words = np.fromiter((w for tokens, count in requests for w in tokens[-count:]), np.int64, total)
+        ends_with = chain.from_iterable(tokens[-count:] for tokens, count in requests)
+        words = np.fromiter(ends_with, np.int64, total)
         segment = self.tree.segments_at(np.repeat(self.tree.leaf_of, counts), depth)
         # Of requests that score the same word in the same place, one scores for all.
         most = (len(self.tree.start), int(depth.max()) + 1, int(words.max()) + 1)
