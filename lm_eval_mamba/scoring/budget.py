@@ -1,4 +1,4 @@
-"""How much memory scoring may take: states that wait for their branches, and tokens of a batch."""
+"""How much memory scoring may take: copies of weights, states that wait for their branches, tokens of a batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
 
 # More tokens in a batch gain nothing any more: a GPU is busy, a CPU's caches are full.
 MOST_TOKENS = {"cuda": 32768, "cpu": 4096}
-# Shares of the free memory that are taken without having been asked for.
-STATES_SHARE, TOKENS_SHARE = 1 / 16, 1 / 8
+# Shares of the free memory that are taken without having been asked for; of copies it is the most.
+COPIES_SHARE, STATES_SHARE, TOKENS_SHARE = 1 / 8, 1 / 16, 1 / 8
 # float32 values that a token takes at once in a layer, in units of hidden_size, on the generous side.
 VALUES_PER_TOKEN = 32
 # Below this a batch is not made smaller for lack of memory.
@@ -55,11 +55,14 @@ class Budget:
     Attributes:
         state_bytes: memory for states.
         tokens: of a batch.
+        copy_bytes: memory for what is kept of weights from batch to batch, such as their half-precision copies. Beyond
+            it they are copied in each batch. None: no limit.
         halved: how often memory ran out.
     """
 
     state_bytes: int
     tokens: int
+    copy_bytes: int | None = None
     halved: int = 0
 
     @classmethod
@@ -68,12 +71,15 @@ class Budget:
     ) -> Budget:
         """From the device's free memory, where not given."""
         free = free_memory(device)
+        # No copy is larger than its weight.
+        copies = min(sum(weight.nbytes for weight in model.parameters()), int(free * COPIES_SHARE))
+        free -= copies
         if state_bytes is None:
             state_bytes = int(free * STATES_SHARE)
         if tokens is None:
             fits = int(free * TOKENS_SHARE) // (4 * VALUES_PER_TOKEN * model.config.hidden_size)
             tokens = max(FEWEST_TOKENS, min(fits, MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])))
-        return cls(state_bytes, tokens)
+        return cls(state_bytes, tokens, copies)
 
     def halve(self) -> bool:
         """Take half as much from here on; False if that is no use any more."""
@@ -81,6 +87,7 @@ class Budget:
             return False
         self.halved += 1
         self.state_bytes //= 2
+        self.copy_bytes = None if self.copy_bytes is None else self.copy_bytes // 2
         self.tokens = max(FEWEST_TOKENS, self.tokens // 2)
         return True
 

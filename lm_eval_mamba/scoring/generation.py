@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from peft_mamba.mixers import StatePool
+from peft_mamba.frozen import frozen_weights
+from peft_mamba.mixers import PackedSequences, StatePool
 
 from .budget import Budget, fork_cost
 from .runner import SequenceRunner, to_device
@@ -64,7 +65,8 @@ class GreedyGenerator:
             rows = MOST_ROWS.get(self.device.type, MOST_ROWS["cpu"])
             block = sorted(waiting)[: max(1, min(rows, self.budget.most_states(self.model) // 2, self.budget.tokens))]
             try:
-                written = self._block(block, max_new_tokens)
+                with frozen_weights(self.budget.copy_bytes):
+                    written = self._block(block, max_new_tokens)
             except Exception as error:
                 if not should_reduce_batch_size(error) or not self.budget.halve():
                     raise
@@ -91,16 +93,19 @@ class GreedyGenerator:
             ends = np.flatnonzero(own_slot[batch.segments])
             target = batch.target + own_slot[batch.segments]
             kept = np.flatnonzero(target)
-            bounds = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+            lengths = np.array([len(piece) for piece in pieces])
+            bounds = np.concatenate([[0], np.cumsum(lengths)])
             self.tokens_run += int(bounds[-1])
             tokens_, bounds_, source_, kept_, target_, last_, leaf_ = to_device(
                 self.device,
                 *(np.concatenate(pieces), bounds, batch.source, kept, target[kept]),
                 *(bounds[1:][ends] - 1, tree.leaf[batch.segments[ends]]),
             )
-            hidden = self.runner.hidden_states(
-                *(tokens_, bounds_, pool), source_ if batch.source.any() else None, kept_, target_
+            packed = PackedSequences(
+                *(bounds_.to(torch.int32), pool, source_ if batch.source.any() else None, kept_, target_),
+                shortest=int(lengths[kept].min()),
             )
+            hidden = self.runner.hidden_states(tokens_, packed)
             logits = self.runner.logits(hidden.index_select(0, last_))
             first[leaf_], bad[leaf_] = logits.argmax(-1), logits.isnan().any(-1)
         return self._decode(prompts, first, bad, pool, slots, max_new_tokens)
@@ -117,7 +122,7 @@ class GreedyGenerator:
         """Each prompt's new tokens, from its first one and its state, which is in slot `before` + 1 + its number."""
         written: list[list[int]] = [[] for _ in prompts]
         active = np.arange(len(prompts))
-        slots, bounds, rows = to_device(self.device, active + before + 1, np.arange(len(active) + 1), active)
+        packed = self._single_tokens(pool, active + before + 1)
         unseen: list[torch.Tensor] = []
         for count in range(1, max_new_tokens + 1):
             unseen.append(words)
@@ -133,13 +138,18 @@ class GreedyGenerator:
                 if not going_on.all():
                     active = active[going_on]
                     (keep,) = to_device(self.device, np.flatnonzero(going_on))
-                    slots, words, bad = slots[keep], words[keep], bad[keep]
-                    bounds, rows = bounds[: len(active) + 1], rows[: len(active)]
+                    words, bad = words[keep], bad[keep]
+                    packed = self._single_tokens(pool, active + before + 1)
             self.tokens_run += len(active)
-            logits = self.runner.logits(self.runner.hidden_states(words, bounds, pool, slots, rows, slots))
+            logits = self.runner.logits(self.runner.hidden_states(words, packed))
             bad = bad | logits.isnan().any(-1)
             words = logits.argmax(-1)
         return written
+
+    def _single_tokens(self, pool: StatePool, slots: np.ndarray) -> PackedSequences:
+        """A token of each of these texts, which goes on from its slot and leaves its state there."""
+        slots_, bounds, rows = to_device(self.device, slots, np.arange(len(slots) + 1), np.arange(len(slots)))
+        return PackedSequences(bounds.to(torch.int32), pool, slots_, rows, slots_, shortest=1)
 
     def _look(self, written: list[list[int]], active: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Add `new` (rows, tokens) to what the active rows wrote; which of them go on."""

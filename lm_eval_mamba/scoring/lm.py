@@ -144,8 +144,10 @@ class PrefixTreeLM(HFLM):
                     f"A request has {len(context)} tokens of context and {len(continuation)} of continuation; expected "
                     f"at least one of either, and a continuation of at most max_length={most}: {text!r}"
                 )
-            cut += len(context) + len(continuation) > most + 1
-            kept.append(((context + continuation)[-(most + 1) :], len(continuation)))
+            tokens = context + continuation
+            if len(tokens) > most + 1:
+                cut, tokens = cut + 1, tokens[-(most + 1) :]
+            kept.append((tokens, len(continuation)))
         if cut:
             logger.warning(
                 "%d of %d requests are longer than max_length=%d and were truncated from the left.",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_mamba.mixers import PackedSequences, StatePool
+from peft_mamba.mixers.projection import project
 
 # Bytes of one float32 (positions, vocabulary) tensor of the language-model head; about three exist at a time.
 HEAD_BYTES = {"cuda": 2**28, "cpu": 2**24}
@@ -55,16 +56,13 @@ class SequenceRunner:
         vocabulary = self.head.weight.shape[0]
         self.positions_at_once = max(1, HEAD_BYTES.get(device.type, HEAD_BYTES["cpu"]) // (4 * vocabulary))
 
-    def hidden_states(
-        self, tokens: torch.Tensor, bounds: torch.Tensor, pool: StatePool | None, *slots: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(L, hidden_size) for tokens (L,) of sequences with these bounds (S+1,); slots: source, kept, target."""
-        packed = PackedSequences(bounds.to(torch.int32), pool, *slots)
+    def hidden_states(self, tokens: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        """(L, hidden_size) for tokens (L,) of these sequences."""
         return self.model.backbone(input_ids=tokens[None], attention_mask=packed, use_cache=False)[0][0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 (positions, vocabulary), as the model's own forward computes them."""
-        return self.head(hidden.to(self.head.weight.dtype)).float()
+        return project(self.head, hidden.to(self.head.weight.dtype)).float()
 
     def score(
         self,
@@ -85,7 +83,8 @@ class SequenceRunner:
         Returns:
             (2, P) float32: log-probabilities, and 1 where no word is more likely, else 0.
         """
-        bounds = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+        lengths = np.array([len(piece) for piece in pieces])
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
         kept = np.flatnonzero(target)
         new = np.diff(positions, prepend=-1) != 0
         unique, row = positions[new], np.cumsum(new) - 1
@@ -93,11 +92,13 @@ class SequenceRunner:
             self.device, *(np.concatenate(pieces), bounds, source, kept, target[kept], unique, row, words)
         )
         tokens_, bounds_, source_, kept_, target_ = on_device
-        hidden = self.hidden_states(
-            *(tokens_, bounds_, pool),
+        packed = PackedSequences(
+            bounds_.to(torch.int32),
+            pool,
             source_ if source.any() else None,
-            *((kept_, target_) if len(kept) else (None, None)),
+            *((kept_, target_, int(lengths[kept].min())) if len(kept) else ()),
         )
+        hidden = self.hidden_states(tokens_, packed)
         scored = torch.empty(2, len(words), dtype=torch.float32, device=self.device)
         hidden = hidden.index_select(0, unique_)
         for start in range(0, len(unique), self.positions_at_once):

@@ -6,12 +6,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import StatePool
 
 from .budget import Budget, fork_cost
@@ -59,7 +61,8 @@ class Plan:
         self.bounds = np.concatenate([[0], np.cumsum(counts)])
         total = int(self.bounds[-1])
         depth = np.arange(total) - np.repeat(self.bounds[1:] - ends + 1, counts)
-        words = np.fromiter((w for tokens, count in requests for w in tokens[-count:]), np.int64, total)
+        ends_with = chain.from_iterable(tokens[-count:] for tokens, count in requests)
+        words = np.fromiter(ends_with, np.int64, total)
         segment = self.tree.segments_at(np.repeat(self.tree.leaf_of, counts), depth)
         # Of requests that score the same word in the same place, one scores for all.
         most = (len(self.tree.start), int(depth.max()) + 1, int(words.max()) + 1)
@@ -113,9 +116,10 @@ class PrefixScorer:
         while left:
             pending = list(left)
             try:
-                for number, answer in self._pass([requests[i] for i in pending]):
-                    del left[pending[number]]
-                    answered(pending[number], answer)
+                with frozen_weights(self.budget.copy_bytes):
+                    for number, answer in self._pass([requests[i] for i in pending]):
+                        del left[pending[number]]
+                        answered(pending[number], answer)
             except Exception as error:
                 if not should_reduce_batch_size(error) or not self.budget.halve():
                     raise

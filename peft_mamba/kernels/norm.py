@@ -45,8 +45,8 @@ def rms_norm(
         out_dtype: the result is rounded to it; default: what weight and x promote to.
     """
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
-    if torch.compiler.is_compiling():
-        return _forward(x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _run(x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
     return _RMSNorm.apply(x, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
 
 
@@ -55,8 +55,8 @@ def rms_norm_residual(
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway."""
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
-    if torch.compiler.is_compiling():
-        return _forward(x, weight, None, eps, x.shape[-1], out_dtype)[0], x
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _run(x, weight, None, eps, x.shape[-1], out_dtype)[0], x
     return _RMSNorm.apply(x, weight, None, eps, x.shape[-1], out_dtype, True)
 
 
@@ -76,6 +76,12 @@ def _fused(x: Tensor):
     if not x.is_cuda or x.dtype == torch.float64 or os.environ.get(ENVIRONMENT_VARIABLE) in PYTORCH_ONLY:
         return None
     return _kernels()
+
+
+def _run(x, weight, gate, eps, group_size, out_dtype):
+    """Without autograd: what calling it costs the host shows beside small kernels."""
+    fused = None if torch.compiler.is_compiling() else _fused(x)
+    return (_forward if fused is None else fused.forward)(x, weight, gate, eps, group_size, out_dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

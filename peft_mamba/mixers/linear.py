@@ -51,24 +51,37 @@ class Linear(nn.Linear):
     """nn.Linear with its larger float32 products on a CPU by oneDNN, forward and backward, and all others as ever."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.by_onednn(input):
-            return _Product.apply(input, self.weight, self.bias)
-        return F.linear(input, self.weight, self.bias)
+        return self.product(input, self.weight, self.bias)
 
     def by_onednn(self, input: Tensor) -> bool:
         """Whether the product with this input is one for oneDNN."""
-        # The exact types: a DTensor or another wrapper of tensors is not for an operator that it does not know.
-        return (
-            type(input) is Tensor
-            and type(self.weight) in (Tensor, nn.Parameter)
-            and input.device.type == self.weight.device.type == "cpu"
-            and input.dtype == self.weight.dtype == torch.float32
-            and input.numel() * self.out_features >= SMALL_PRODUCT
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and bool(torch.backends.mkldnn.enabled)
-            and kernels.select("cpu").name == "torch"
-        )
+        return _by_onednn(input, self.weight)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weightᵀ + bias by the faster library."""
+        if not _by_onednn(x, weight):
+            return F.linear(x, weight, bias)
+        return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _multiply(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    # The exact types: a DTensor or another wrapper of tensors is not for an operator that it does not know.
+    return (
+        type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= SMALL_PRODUCT
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+        and kernels.select("cpu").name == "torch"
+    )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -77,7 +90,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):

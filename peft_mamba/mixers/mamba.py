@@ -8,10 +8,11 @@ import torch
 from transformers.models.mamba import modeling_mamba
 
 from .. import kernels
-from ..kernels.reference import accumulator_dtype
+from ..frozen import from_weights
 from .projection import draws, project
 from .recomputation import can_be_remade
-from .state import CachedMixer, MixerState, conv_window
+from .sequences import PackedSequences
+from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
 
 Tensor = torch.Tensor
 
@@ -32,9 +33,10 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
+        sequences: PackedSequences | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         x, z = project(self.in_proj, hidden_states, sizes=[self.intermediate_size] * 2)
-        conv_before = None if initial_state is None else initial_state.conv
+        conv_before = inputs_before(initial_state, self.conv_kernel_size)
 
         def convolve() -> Tensor:
             u = kernels.causal_conv1d(
@@ -42,7 +44,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
                 activation="silu" if self.activation == "silu" else None,
-                initial_state=None if conv_before is None else conv_before[..., 1:].transpose(1, 2),
+                initial_state=conv_before,
                 seq_idx=seq_idx,
                 cu_seqlens=cu_seqlens if seq_idx is None else None,
             )
@@ -57,7 +59,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         delta = project(self.dt_proj, time_step, bias=False)
         if not draws(self.dt_proj):
             can_be_remade(delta, lambda: project(self.dt_proj, time_step, bias=False))
-        A = -torch.exp(self.A_log.to(accumulator_dtype(self.A_log)))
+        A = from_weights("A", decay_rates, self.A_log)
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         if cu_seqlens is not None and seq_idx is not None:
             # Documents side by side; with seq_idx a scan goes through all of a row one after the other.
@@ -72,6 +74,6 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
         y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
-        if return_final_state:
-            state = MixerState(conv_window(x, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
+        if ssm is not None:
+            state = state_after(x, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
         return project(self.out_proj, y, product=not self._output_unread()), state

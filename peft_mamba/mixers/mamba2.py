@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
+from ..frozen import from_weights
 from ..kernels.reference import accumulator_dtype
 from .block import MambaRMSNormGated
 from .projection import hooked, project
 from .recomputation import can_be_remade
-from .state import CachedMixer, MixerState, conv_window
+from .sequences import PackedSequences
+from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
 
 Tensor = torch.Tensor
 
@@ -34,14 +36,18 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
+        sequences: PackedSequences | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         D, group_states = self.intermediate_size, self.n_groups * self.ssm_state_size
-        # x, and B with C, are convolved apart: each comes out contiguous, and neither is copied for the scan.
-        parts = (slice(0, D), slice(D, D + 2 * group_states))
-        z, x, rest = project(self.in_proj, hidden_states, sizes=[D, D, 2 * group_states + self.num_heads])
-        BC, dt = rest.split([2 * group_states, self.num_heads], dim=-1)
-        convolved = (x, BC)
-        conv_before = None if initial_state is None else initial_state.conv
+        if sequences is not None:  # run by our own scan, which takes x, B and C as they lie in one tensor
+            z, xBC, dt = project(self.in_proj, hidden_states, sizes=[D, D + 2 * group_states, self.num_heads])
+            convolved, parts = [xBC], [slice(None)]
+        else:
+            # x, and B with C, are convolved apart: each comes out contiguous, and neither is copied for the scan.
+            z, x, rest = project(self.in_proj, hidden_states, sizes=[D, D, 2 * group_states + self.num_heads])
+            BC, dt = rest.split([2 * group_states, self.num_heads], dim=-1)
+            convolved, parts = [x, BC], [slice(0, D), slice(D, D + 2 * group_states)]
+        before = inputs_before(initial_state, self.conv_kernel_size)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
 
         def convolve(inputs: Tensor, part: slice) -> Tensor:
@@ -50,22 +56,27 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
                 weight[part],
                 None if bias is None else bias[part],
                 activation="silu" if self.activation == "silu" else None,
-                initial_state=None if conv_before is None else conv_before[:, part, 1:].transpose(1, 2),
+                initial_state=None if before is None else before[..., part],
                 seq_idx=seq_idx,
                 cu_seqlens=cu_seqlens if seq_idx is None else None,
             )
             return u if self.activation == "silu" else self.act(u)
 
-        x, BC = (convolve(inputs, part) for inputs, part in zip(convolved, parts, strict=True))
-        for u, inputs, part in zip((x, BC), convolved, parts, strict=True):
+        done = [convolve(inputs, part) for inputs, part in zip(convolved, parts, strict=True)]
+        for u, inputs, part in zip(done, convolved, parts, strict=True):
             can_be_remade(u, functools.partial(convolve, inputs, part))
-        B, C = BC.split(group_states, dim=-1)
+        if sequences is not None:
+            x, B, C = done[0].split([D, group_states, group_states], dim=-1)
+        else:
+            x, (B, C) = done[0], done[1].split(group_states, dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast.
-        dt = F.softplus(dt.to(accumulator_dtype(dt)) + self.dt_bias).clamp(*self.time_step_limit)
+        dt = F.softplus(dt + self.dt_bias.to(accumulator_dtype(dt)))
+        if tuple(self.time_step_limit) != (0.0, float("inf")):
+            dt = dt.clamp(*self.time_step_limit)
         y, ssm = kernels.ssd(
             x.unflatten(-1, (self.num_heads, self.head_dim)),
             dt,
-            -torch.exp(self.A_log.to(accumulator_dtype(self.A_log))),
+            from_weights("A", decay_rates, self.A_log),
             B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
             C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
             self.D,
@@ -76,9 +87,9 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             return_final_state=return_final_state,
         )
         state = None
-        if return_final_state:
-            xBC = torch.cat(convolved, dim=-1)
-            state = MixerState(conv_window(xBC, conv_before, lengths, self.conv_kernel_size, cu_seqlens), ssm)
+        if ssm is not None:
+            xBC = convolved[0] if sequences is not None else torch.cat(convolved, dim=-1)
+            state = state_after(xBC, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:

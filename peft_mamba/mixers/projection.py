@@ -1,12 +1,15 @@
-"""The mixers' linear layers in training: what is kept for backward is the input, once, and nothing of a weight's size.
+"""The mixers' linear layers. In training, what is kept for backward is the input, once, and nothing of a weight's size.
 
 A module that is a plain `nn.Linear`, or PEFT's plain LoRA on one, runs here as one function,
 
     y = x Wᵀ + bias + Σ_i s_i · dropout(x) A_iᵀ B_iᵀ
 
 Run as modules under autocast, the same layers keep the half-precision copy of every frozen weight until backward, a
-copy of the input in each adapter's dtype, and make four tensors of the output's size on the way. Whatever is not plain
-(DoRA and the other variants, quantised layers, hooks, parametrisations, another tuner) is called as the module it is.
+copy of the input in each adapter's dtype, and make four tensors of the output's size on the way. Where no gradient is
+wanted the same products are made without autograd, and copies of weights are kept inside `frozen_weights`.
+
+Whatever is not plain (DoRA and the other variants, quantised layers, hooks, parametrisations, another tuner) is called
+as the module it is.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch.func import functional_call
 from torch.nn.modules import module as _global
 from torch.torch_version import TorchVersion
 
+from ..frozen import from_weights
 from .linear import Linear
 from .recomputation import runs_again
 
@@ -61,8 +65,8 @@ def project(
 
     Args:
         x: (..., in).
-        sizes: features of each part to split the output into; each part is contiguous, and its gradient comes back
-            without the parts having to be put together.
+        sizes: features of each part to split the output into. In training each part is contiguous, and its gradient
+            comes back without the parts having to be put together; else they are views of one tensor.
         bias: False leaves the layer's own bias out. To subtract it afterwards would be wrong in half precision: by
             then it has rounded the product away.
         product: False where a checkpointed segment runs again for what its backward needs and this is its last layer,
@@ -73,21 +77,24 @@ def project(
     """
     known = plain(linear)
     base = getattr(linear, "base_layer", linear)
-    if isinstance(base, Linear) and base.by_onednn(x):
+    # Reentrant checkpoints first run without gradients, and must then compute what they compute with them.
+    for_backward = torch.is_grad_enabled() or linear.training or runs_again()
+    if for_backward and isinstance(base, Linear) and base.by_onednn(x):
         known = None  # a faster product, of float32 on a CPU, where nothing is cast
     dtype = None if known is None else _compute_dtype(known, x)
     if known is None or dtype is None:
         y = linear(x) if bias else _without_bias(linear, x)
+        return y if sizes is None else y.split(list(sizes), dim=-1)
+    if not for_backward:
+        y = _infer(x.to(dtype), known, known.bias if bias else None, isinstance(base, Linear))
         return y if sizes is None else y.split(list(sizes), dim=-1)
     weight, own_bias, A, B, scaling, dropout = known
     return _Project.apply(x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product)
 
 
 def plain(linear: nn.Module) -> Plain | None:
-    """What `linear` computes, if that is all that calling it would do and it may be for a gradient; else None."""
-    # Reentrant checkpoints first run without gradients, and must then compute what they compute with them.
-    wanted = torch.is_grad_enabled() or linear.training or runs_again()
-    if not wanted or torch.compiler.is_compiling():
+    """What `linear` computes, if that is all that calling it would do; else None."""
+    if torch.compiler.is_compiling():
         return None
     if _is_linear(linear):
         return Plain(linear.weight, linear.bias, None, None, 1.0, 0.0) if _bare(linear) else None
@@ -115,7 +122,13 @@ def plain(linear: nn.Module) -> Plain | None:
         return Plain(base.weight, base.bias, *factors[0], rates.pop())
     if rates != {0.0} or len({each.dtype for a, b, _ in factors for each in (a, b)}) > 1:
         return None  # each has a dropout of its own
-    downs, ups = torch.cat([a for a, _, _ in factors]), torch.cat([b * s for _, b, s in factors], dim=1)
+    scales = tuple(s for _, _, s in factors)
+    downs = from_weights("downs", lambda *A: torch.cat(A), *(a for a, _, _ in factors))
+    ups = from_weights(
+        ("ups", scales),
+        lambda *B: torch.cat([b * s for b, s in zip(B, scales, strict=True)], dim=1),
+        *(b for _, b, _ in factors),
+    )
     return Plain(base.weight, base.bias, downs, ups, 1.0, 0.0)
 
 
@@ -162,6 +175,35 @@ def _compute_dtype(layer: Plain, x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(device)
     return x.dtype if len(dtypes) == 1 else None
+
+
+def _infer(x: Tensor, layer: Plain, bias: Tensor | None, fast: bool) -> Tensor:
+    """What the layer computes outside of training, in x's dtype, with this bias in place of its own.
+
+    Args:
+        fast: whether larger products on a CPU are for oneDNN.
+    """
+    product = Linear.product if fast else F.linear
+    weight, bias = _cast(layer.weight, x.dtype), None if bias is None else _cast(bias, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # with a bias, three dimensions would become a product and then a sum
+    if layer.A is None or layer.B is None:
+        y = product(rows, weight, bias)
+    else:
+        t = product(rows, _cast(layer.A, x.dtype), None)
+        up = _cast(layer.B, x.dtype, layer.scaling)
+        if fast:
+            y = product(rows, weight, bias).addmm_(t, up.t())
+        else:  # the small product first: to read it as well costs the large one no time
+            y = F.linear(t, up, bias).addmm_(rows, weight.t())
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    if weight.dtype == dtype and scaling == 1.0:
+        return weight
+    if scaling == 1.0:
+        return from_weights(dtype, lambda w: w.to(dtype), weight)
+    return from_weights((dtype, scaling), lambda w: (w * scaling).to(dtype), weight)
 
 
 def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:

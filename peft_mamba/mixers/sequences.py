@@ -10,6 +10,7 @@ The second forward continues the first one twice. Nothing in it waits for the de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ Tensor = torch.Tensor
 
 class StatePool:
     """The states of all mixers of a model in numbered slots, float32. Slot 0 is the state before any token.
+
+    Of the convolution's inputs a slot holds the K - 1 that reach beyond its last token, in the order in which kernels
+    take them, (K - 1, C).
 
     Args:
         model: with mixers of this package, all on one device.
@@ -42,12 +46,12 @@ class StatePool:
         return 4 * sum(torch.Size(shape).numel() for mixer in _mixers(model) for shape in _shapes(mixer))
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the convolution's and the scan's states in `slots`: (S, C, K) and (S, D, N) or (S, H, P, N)."""
-        return self._conv[layer].index_select(0, slots), self._ssm[layer].index_select(0, slots)
+        """Copies of the convolution's and the scan's states in `slots`: (S, C, K-1) and (S, D, N) or (S, H, P, N)."""
+        return self._conv[layer].index_select(0, slots).transpose(1, 2), self._ssm[layer].index_select(0, slots)
 
     def write(self, layer: int, slots: Tensor, conv: Tensor, ssm: Tensor) -> None:
-        """Overwrite `slots`, none of which occurs twice."""
-        self._conv[layer].index_copy_(0, slots, conv.float())
+        """Overwrite `slots`, none of which occurs twice, with states as `read` gives them."""
+        self._conv[layer].index_copy_(0, slots, conv.transpose(1, 2).float())
         self._ssm[layer].index_copy_(0, slots, ssm.float())
 
 
@@ -58,19 +62,25 @@ def _mixers(model: nn.Module) -> list[Any]:
 
 
 def _shapes(mixer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    conv = (mixer.conv1d.weight.shape[0], mixer.conv_kernel_size)
+    conv = (mixer.conv_kernel_size - 1, mixer.conv1d.weight.shape[0])
     if mixer.A_log.ndim == 2:
         return conv, tuple(mixer.A_log.shape)
     return conv, (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
 
 
-class PackedSequences(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PackedSequences:
     """What takes the place of `attention_mask` on its way to a mixer where a row holds sequences with own states.
 
-    cu_seqlens: (S+1,) int32; sequence s is the tokens cu_seqlens[s] to cu_seqlens[s+1] of a batch of one row.
-    pool: where states are read from and left; None: every sequence starts from nothing and leaves nothing.
-    source: (S,) int64, the slot that each sequence goes on from; None: all start from nothing.
-    kept, target: (F,) int64, sequences whose final state goes to a slot, and that slot; None: none does.
+    All layers share it: what depends on the batch alone is found out once, in the first of them.
+
+    Attributes:
+        cu_seqlens: (S+1,) int32; sequence s is the tokens cu_seqlens[s] to cu_seqlens[s+1] of a batch of one row.
+        pool: where states are read from and left; None: every sequence starts from nothing and leaves nothing.
+        source: (S,) int64, the slot that each sequence goes on from; None: all start from nothing.
+        kept, target: (F,) int64, sequences whose final state goes to a slot, in ascending order, and that slot; None:
+            none does.
+        shortest: tokens that every sequence in `kept` has at least, as far as is known without asking the device.
     """
 
     cu_seqlens: Tensor
@@ -78,6 +88,8 @@ class PackedSequences(NamedTuple):
     source: Tensor | None = None
     kept: Tensor | None = None
     target: Tensor | None = None
+    shortest: int = 0
+    _ends: dict[int, _Ends] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -108,23 +120,54 @@ class PackedSequences(NamedTuple):
             None if source is None else on_device(source),
             on_device(kept) if kept else None,
             on_device([target[s] for s in kept]) if kept and target else None,
+            min((lengths[s] for s in kept), default=0),
         )
 
+    def of_kept(self, states: Tensor) -> Tensor:
+        """(F, ...): those of (S, ...) that go to a slot."""
+        if self.kept is None or len(self.kept) == len(states):  # all of them are kept, each once
+            return states
+        return states.index_select(0, self.kept)
 
-def sequence_windows(x: Tensor, before: Tensor | None, cu_seqlens: Tensor, width: int) -> Tensor:
-    """(S, C, width): the last `width` inputs up to each sequence's end, for inputs x (1, L, C).
+    def windows(self, x: Tensor, before: Tensor | None, width: int) -> Tensor:
+        """(F, C, width): the last `width` inputs up to the end of each sequence in `kept`, for inputs x (1, L, C).
 
-    Args:
-        before: (S, C, width), the inputs before each sequence; None: there were none.
-    """
-    starts, stops = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
-    place = stops - starts + torch.arange(-width, 0, device=x.device)  # (S, width), negative before the first token
-    inside = (place >= 0)[:, None]
-    if x.shape[1] == 0:
-        windows = x.new_zeros(len(place), x.shape[2], width)
-    else:
-        windows = x[0][(starts + place).clamp_min(0)].transpose(1, 2)
-    if before is None:
-        return windows.masked_fill(~inside, 0.0)
-    earlier = before.gather(2, (width + place).clamp(0, width - 1)[:, None].expand_as(before))
-    return torch.where(inside, windows, earlier)
+        Args:
+            before: (S, C, width), the inputs before each sequence; None: there were none.
+        """
+        if not width:
+            return x.new_zeros(len(self.cu_seqlens) - 1 if self.kept is None else len(self.kept), x.shape[2], 0)
+        if width not in self._ends:
+            self._ends[width] = _Ends.of(self, width)
+        rows, inside, earlier = self._ends[width]
+        if x.shape[1]:
+            windows = x[0].index_select(0, rows)
+        else:
+            windows = x.new_zeros(len(rows), x.shape[2])
+        if before is None and inside is not None:
+            windows = windows.masked_fill(~inside, 0.0)
+        elif before is not None and inside is not None and earlier is not None:
+            windows = torch.where(inside, windows, before.transpose(1, 2).flatten(0, 1).index_select(0, earlier))
+        return windows.unflatten(0, (-1, width)).transpose(1, 2)
+
+
+class _Ends(NamedTuple):
+    """Where the last inputs of sequences lie, F · width of them."""
+
+    rows: Tensor  # (F · width,) in the row; any place for those that come before the sequence
+    inside: Tensor | None  # (F · width, 1) not before the sequence; None: none is
+    earlier: Tensor | None  # (F · width,) among the S · width inputs before all sequences
+
+    @classmethod
+    def of(cls, sequences: PackedSequences, width: int) -> _Ends:
+        bounds, kept = sequences.cu_seqlens.long(), sequences.kept
+        if kept is None:
+            kept = torch.arange(len(bounds) - 1, device=bounds.device)
+        starts, stops = bounds.index_select(0, kept)[:, None], bounds.index_select(0, kept + 1)[:, None]
+        back = torch.arange(-width, 0, device=bounds.device)
+        rows = stops + back
+        if sequences.shortest >= width:
+            return cls(rows.flatten(), None, None)
+        place = rows - starts  # negative before the first token
+        earlier = kept[:, None] * width + (width + place).clamp(0, width - 1)
+        return cls(rows.clamp_min(0).flatten(), (place >= 0).view(-1, 1), earlier.flatten())

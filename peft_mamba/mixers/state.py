@@ -13,9 +13,9 @@ import torch
 from torch.nn.modules import module as _global
 from transformers.cache_utils import Cache
 
-from ..kernels.reference import first_of_document
+from ..kernels.reference import accumulator_dtype, first_of_document
 from .recomputation import runs_again
-from .sequences import PackedSequences, sequence_windows
+from .sequences import PackedSequences
 
 Tensor = torch.Tensor
 
@@ -24,7 +24,7 @@ class MixerState(NamedTuple):
     """What one mixer keeps of the tokens it has seen, in the layout of transformers' caches.
 
     conv: (B, C, K), the last K inputs of the convolution, newest last, zeros before the first token. C = D for Mamba-1,
-        D + 2·G·N for Mamba-2.
+        D + 2·G·N for Mamba-2. The oldest is no part of any later output, and not there in a `StatePool`.
     ssm: float32, (B, D, N) for Mamba-1, (B, H, P, N) for Mamba-2.
     """
 
@@ -79,15 +79,13 @@ def reorder(x: Tensor, positions: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (positions + rows * x.shape[1]).flatten()).view_as(x)
 
 
-def conv_window(
-    x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`.
+def inputs_before(state: MixerState | None, width: int) -> Tensor | None:
+    """(B, width - 1, C): the inputs that a convolution of this width still reads, as kernels take them."""
+    return None if state is None else state.conv[..., state.conv.shape[-1] - (width - 1) :].transpose(1, 2)
 
-    With cu_seqlens, (S, C, width) up to the end of each sequence of the one row.
-    """
-    if cu_seqlens is not None:
-        return sequence_windows(x, before, cu_seqlens, width)
+
+def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width: int) -> Tensor:
+    """(B, C, width): the last `width` inputs up to each row's length, for inputs x (B, L, C) that follow `before`."""
     if before is None:
         before = x.new_zeros(len(x), x.shape[2], width)
     x = x.transpose(1, 2)
@@ -96,6 +94,26 @@ def conv_window(
     columns = lengths[:, None] + torch.arange(width, device=x.device)
     inputs = torch.cat([before, x], dim=-1)
     return inputs.gather(2, columns[:, None, :].expand(-1, inputs.shape[1], -1))
+
+
+def state_after(
+    x: Tensor,
+    ssm: Tensor,
+    before: MixerState | None,
+    lengths: Tensor | None,
+    width: int,
+    sequences: PackedSequences | None,
+) -> MixerState:
+    """What is left after inputs x (B, L, C) of a convolution and this state of the scan; see `CachedMixer.mix`."""
+    inputs = None if before is None else before.conv
+    if sequences is None:
+        return MixerState(conv_window(x, inputs, lengths, width), ssm)
+    return MixerState(sequences.windows(x, inputs, width - 1), sequences.of_kept(ssm))
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least."""
+    return -torch.exp(A_log.to(accumulator_dtype(A_log)))
 
 
 def number_documents(seq_idx: Tensor, lengths: Tensor | None) -> Tensor:
@@ -229,15 +247,19 @@ class CachedMixer:
         return runs_again() and not (self._forward_hooks or _global._global_forward_hooks)
 
     def _mix_sequences(self, hidden_states: Tensor, sequences: PackedSequences) -> Tensor:
-        cu_seqlens, pool, source, kept, target = sequences
+        pool, source, target = sequences.pool, sequences.source, sequences.target
         state = None
         if pool is not None and source is not None:
             state = MixerState(*pool.read(self.layer_idx, source))
         hidden_states, state = self.mix(
-            hidden_states, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=kept is not None
+            hidden_states,
+            initial_state=state,
+            cu_seqlens=sequences.cu_seqlens,
+            return_final_state=sequences.kept is not None,
+            sequences=sequences,
         )
-        if state is not None and pool is not None and kept is not None and target is not None:
-            pool.write(self.layer_idx, target, state.conv[kept], state.ssm[kept])
+        if state is not None and pool is not None and target is not None:
+            pool.write(self.layer_idx, target, state.conv, state.ssm)
         return hidden_states
 
     def mix(
@@ -249,6 +271,7 @@ class CachedMixer:
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
+        sequences: PackedSequences | None = None,
     ) -> tuple[Tensor, MixerState | None]:
         """The mixer as a function of its state: (B, L, hidden_size) and the state after each row's last token.
 
@@ -259,5 +282,7 @@ class CachedMixer:
             cu_seqlens: (S+1,) int32, bounds of sequences in a batch of one row; states have S in place of B. Beside
                 seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without states.
             return_final_state: False saves the work of it, and the second result is None.
+            sequences: what cu_seqlens is of, in a batch of one row; the final state is then that of the sequences that
+                it keeps alone, with one input of the convolution less.
         """
         raise NotImplementedError

@@ -13,8 +13,9 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_mamba.backend import MambaAMP
-from lm_eval_mamba.scoring import generation, runner
+from lm_eval_mamba.scoring import generation, runner, scorer
 from lm_eval_mamba.scoring.budget import Budget
+from peft_mamba import frozen
 from peft_mamba.mixers import StatePool
 from peft_mamba.nonfinite import NonFiniteError
 
@@ -168,6 +169,31 @@ def test_a_cache_of_answers_is_filled_and_used(tiny, tmp_path):
     assert again.loglikelihood(pairs) == first
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_of_weights_are_made_once_a_call_and_keep_to_their_budget(tiny, family, dtype, monkeypatch):
+    lm = load(MambaAMP, tiny[family], dtype=dtype, batch_tokens=64)
+    pairs = instances("loglikelihood", [(f"question {n}", f" answer {m}") for n in range(12) for m in range(3)])
+    most, made, kept = lm._find_budget().copy_bytes, [], frozen._Kept
+    monkeypatch.setattr(scorer, "frozen_weights", lambda limit: (made.append(limit), frozen.frozen_weights(limit))[1])
+    tables = []
+    monkeypatch.setattr(frozen, "_Kept", lambda limit: (tables.append(kept(limit)), tables[-1])[1])
+    first = lm.loglikelihood(pairs)
+    assert lm.work.batches > 1 and made == [most] and len(tables) == 1
+    entries = tables[0].entries
+    # A of each layer; under autocast a copy of in_proj's and out_proj's weights and of the head's, at least.
+    assert len(entries) >= 2 + (dtype == "bf16") * (2 * 2 + 1)
+    assert sum(value.nbytes for _, _, value in entries.values()) == most - tables[0].room <= most
+    with torch.no_grad():  # as loading another adapter does: nothing of an earlier call is left
+        lm.model.backbone.layers[0].mixer.out_proj.weight.mul_(3)
+    again = lm.loglikelihood(pairs)
+    lm._budget = None
+    assert again != first
+    lm._budget = Budget(2**20, 64, copy_bytes=0)
+    assert_same(lm.loglikelihood(pairs), again)
+    assert not tables[-1].entries and lm._budget.halve() is False
+
+
 # generation
 
 PROMPTS = ["Once upon a time", "Once upon a", "Once upon a time", "Another", "x" * 60]
@@ -232,7 +258,10 @@ def test_arguments_that_say_how_to_score(tiny):
     with pytest.raises(ValueError, match="scoring=tree: GPTNeoXForCausalLM has no state to go on from"):
         load(MambaAMP, tiny["gpt_neox"], scoring="tree")
     lm = load(MambaAMP, tiny["mamba"], state_budget="1MiB", batch_tokens=100)
-    assert lm._find_budget() == Budget(2**20, 100)
+    budget = lm._find_budget()
+    assert (budget.state_bytes, budget.tokens) == (2**20, 100)
+    # All that is ever kept of weights fits into what is set aside for it.
+    assert budget.copy_bytes == sum(weight.nbytes for weight in lm.model.parameters())
 
 
 def test_a_request_that_cannot_be_scored_is_named(backends):

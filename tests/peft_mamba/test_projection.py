@@ -1,4 +1,4 @@
-"""The mixers' linear layers in training against the same modules called as they are, and what backward keeps."""
+"""The mixers' linear layers against the same modules called as they are, and what backward keeps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers.projection import draws, plain, project
 from peft_mamba.mixers.recomputation import kept_for_backward
 
@@ -215,6 +216,100 @@ def test_without_a_gradient_the_module_is_called():
     with torch.no_grad():
         project(layer, torch.randn(3, IN))
     assert seen
+
+
+def distance(y, exact):
+    return ((y.double() - exact) ** 2).sum().sqrt().item()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16 weights"])
+def test_inference_equals_the_module(kind, precision, bias, monkeypatch):
+    """float32 to its rounding; in half precision no further from float64 than the module itself."""
+    layer = LAYERS[kind]().eval()
+    base = layer.base_layer if hasattr(layer, "base_layer") else layer
+    monkeypatch.setattr(nn.Linear, "forward", lambda *args: pytest.fail("called as a module"))
+    x = torch.randn(3, 50, IN * 2)[..., ::2]  # rows that lie apart, as a part of another layer's output does
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if precision == "bf16 weights":
+        layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None), frozen_weights():
+        y = project(layer, x, bias=bias)
+        assert torch.equal(project(layer, x, bias=bias), y)
+        parts = project(layer, x, sizes=(8, 20, 12), bias=bias)
+        assert torch.equal(torch.cat(parts, dim=-1), y)
+    monkeypatch.undo()
+    if not bias and base.bias is not None:
+        base.bias.data.zero_()
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double())
+        with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+            theirs = layer(x)
+    assert y.dtype == theirs.dtype and y.shape == theirs.shape
+    if precision == "fp32":
+        assert relative_rms(y, exact) < 1e-6
+    else:
+        assert distance(y, exact) <= 1.02 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_inference_calls_what_is_not_plain(kind):
+    layer = NOT_PLAIN[kind]().eval()
+    x = torch.randn(2, 3, IN)
+    with torch.no_grad(), frozen_weights():
+        assert kind == "two dropouts" or plain(layer) is None  # which are off
+        assert relative_rms(project(layer, x), layer(x)) < 1e-6
+        assert relative_rms(torch.cat(project(layer, x, sizes=(8, 32)), dim=-1), layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_inference_sees_weights_that_change_and_other_adapters(adapters):
+    layer = adapted(adapters=adapters).eval()
+    x = torch.randn(4, IN)
+    # Autocast's own cache, of weights that train, would serve the module the old ones.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False), frozen_weights():
+
+        def check():
+            assert relative_rms(project(layer, x), layer(x)) < 1e-2
+
+        check()
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter))
+            check()
+        for name in layer.scaling:
+            layer.scaling[name] *= 3
+            check()
+        layer.enable_adapters(False)
+        check()
+        layer.enable_adapters(True)
+        layer.set_adapter("default")
+        check()
+
+
+def test_no_product_of_inference_is_followed_by_a_sum():
+    """Three dimensions and a bias would make F.linear a product and a sum over all of its output."""
+    layer = nn.Linear(IN, OUT).eval()
+    x = torch.randn(1, 9, IN * 2)[..., ::2]
+    for bias in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), frozen_weights():
+            project(layer, x, bias=bias)  # casts the weight
+            with Operations() as operations:
+                project(layer, x, bias=bias)
+        assert operations.names == ["aten._to_copy.default", "aten.addmm.default" if bias else "aten.mm.default"]
+
+
+class Operations(TorchDispatchMode):
+    """Names of what is computed, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "_unsafe_view" not in str(function):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 class Shapes(TorchDispatchMode):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_mamba.mixers import PackedSequences, StatePool, use_mixers
+from peft_mamba.mixers import PackedSequences, StatePool, sequences, use_mixers
 
 from .tiny import ADAPTERS, relative_rms, tiny_model, tokens
 
@@ -91,3 +91,42 @@ def test_a_slot_for_each_sequence():
     use_mixers(model)
     with pytest.raises(ValueError, match="source has 1 slots for 2 sequences"):
         PackedSequences.of([1, 2], StatePool(model, 1), [0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    width=st.integers(0, 4),
+    going_on=st.booleans(),
+    known=st.booleans(),
+    data=st.data(),
+)
+def test_windows_are_the_last_inputs_of_the_sequences_that_are_kept(lengths, width, going_on, known, data):
+    kept = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, sum(lengths), 3, generator=generator)
+    before = torch.randn(len(lengths), 3, width, generator=generator) if going_on else None
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    shortest = min(lengths[s] for s in kept) if known else 0
+    packed = PackedSequences(bounds, None, None, torch.tensor(kept), torch.tensor(kept) + 1, shortest)
+    windows = packed.windows(x, before, width)
+    assert windows.shape == (len(kept), 3, width)
+    for s, window in zip(kept, windows, strict=True):
+        earlier = before[s] if going_on else torch.zeros(3, width)
+        inputs = torch.cat([earlier, x[0, bounds[s] : bounds[s + 1]].T], dim=1)
+        assert torch.equal(window, inputs[:, inputs.shape[1] - width :])
+    states = torch.randn(len(lengths), 2, generator=generator)
+    assert torch.equal(packed.of_kept(states), states[kept])
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_what_depends_on_the_batch_alone_is_found_out_once(family, monkeypatch):
+    model = tiny_model(family, num_hidden_layers=3)
+    use_mixers(model)
+    calls, find = [], sequences._Ends.of
+    monkeypatch.setattr(sequences._Ends, "of", lambda *args: (calls.append(args[1]), find(*args))[1])
+    pool = StatePool(model, 2)
+    hidden_states(model, [tokens(1, 7)[0]], PackedSequences.of([2, 5], pool, target=[1, 2]))
+    hidden_states(model, [tokens(1, 7)[0]], PackedSequences.of([2, 5], pool, [1, 2], [1, 2]))
+    hidden_states(model, [tokens(1, 7)[0]], PackedSequences.of([2, 5], pool, [1, 2]))
+    assert calls == [model.config.conv_kernel - 1] * 2

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from peft_mamba import kernels, use_mixers
+from peft_mamba.frozen import frozen_weights
+from peft_mamba.mixers import PackedSequences, StatePool
 
 from ..peft_mamba.tiny import relative_rms, tiny_model, tokens
 
@@ -47,3 +49,23 @@ def test_generation(model, device):
     assert torch.equal(generated["torch"].sequences, generated["triton"].sequences)
     for pair in zip(generated["torch"].logits, generated["triton"].logits, strict=True):
         assert relative_rms(*pair) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sequences_with_states_of_their_own(model, device, precision):
+    """Without gradients, which is without autograd, with what follows from weights kept from forward to forward."""
+    row = tokens(1, 24).to(device)
+    results = {}
+    for name in ("torch", "triton"):
+        pool = StatePool(model, 4)
+        half = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+        with kernels.use(name), torch.no_grad(), half, frozen_weights():
+            steps = [
+                PackedSequences.of([11, 6, 7], pool, target=[2, 1, 3]),
+                PackedSequences.of([11, 2, 1, 10], pool, [1, 0, 2, 1], [0, 4, 2, 3]),
+                PackedSequences.of([4, 20], pool, [2, 4]),
+            ]
+            outputs = [model(row, attention_mask=packed, use_cache=False).logits for packed in steps]
+            results[name] = [*outputs, *pool.read(1, torch.arange(5, device=device))]
+    for ours, exact in zip(results["triton"], results["torch"], strict=True):
+        assert relative_rms(ours, exact) < (1e-4 if precision == "fp32" else 3e-2)

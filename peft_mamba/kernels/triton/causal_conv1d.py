@@ -24,28 +24,32 @@ FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS = 16, 128, 4
 BACKWARD_TOKENS, BACKWARD_CHANNELS, BACKWARD_WARPS = 128, 128, 1
 
 
+def _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
+    batch, length, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # A tile for no more tokens than there are: a single one when text is generated.
+    tokens = min(FORWARD_TOKENS, triton.next_power_of_2(length))
+    tiles = triton.cdiv(length, tokens)
+    with torch.cuda.device_of(x):
+        kernels.forward[(batch * tiles, triton.cdiv(channels, FORWARD_CHANNELS))](
+            *(x, weight, bias, initial_state, seq_idx, cu_seqlens, y),
+            *(length, channels, tiles, 0 if cu_seqlens is None else len(cu_seqlens) - 1, search_steps(cu_seqlens)),
+            *(x.stride(0), x.stride(1)),
+            **_switches(weight, bias, silu, seq_idx, cu_seqlens),
+            HAS_INITIAL=initial_state is not None,
+            TOKENS=tokens,
+            CHANNELS=FORWARD_CHANNELS,
+            num_warps=FORWARD_WARPS,
+        )
+    return y
+
+
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
-        batch, length, channels = x.shape
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         ctx.silu = silu
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx, cu_seqlens)
-        # A tile for no more tokens than there are: a single one when text is generated.
-        tokens = min(FORWARD_TOKENS, triton.next_power_of_2(length))
-        tiles = triton.cdiv(length, tokens)
-        with torch.cuda.device_of(x):
-            kernels.forward[(batch * tiles, triton.cdiv(channels, FORWARD_CHANNELS))](
-                *(x, weight, bias, initial_state, seq_idx, cu_seqlens, y),
-                *(length, channels, tiles, 0 if cu_seqlens is None else len(cu_seqlens) - 1, search_steps(cu_seqlens)),
-                *(x.stride(0), x.stride(1)),
-                **_switches(weight, bias, silu, seq_idx, cu_seqlens),
-                HAS_INITIAL=initial_state is not None,
-                TOKENS=tokens,
-                CHANNELS=FORWARD_CHANNELS,
-                num_warps=FORWARD_WARPS,
-            )
-        return y
+        return _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +136,8 @@ def causal_conv1d(
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     if weight.shape[1] == 1:
         initial_state = None
-    return _CausalConv1d.apply(
+    run = _CausalConv1d.apply if torch.is_grad_enabled() else _forward
+    return run(
         row_strides(x),
         weight.contiguous(),
         bias,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ...frozen import from_weights
 from .. import chunked
 from ..reference import Tensor, check_packed, first_of_document
 from .scan_backward import scan_backward
@@ -83,9 +84,11 @@ def selective_scan(
         check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
     starts = first_of_document(seq_idx)
     resets = None if starts is None else starts.to(torch.uint8)
-    return _SelectiveScan.apply(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
-    )
+    given = u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
+    if torch.is_grad_enabled():
+        return _SelectiveScan.apply(*given)
+    scan = _forward(*given)
+    return scan.y, scan.final_state
 
 
 @dataclass(frozen=True)
@@ -216,60 +219,81 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+class _Scan(NamedTuple):
+    """A forward's results, and what its backward reads."""
+
+    y: Tensor
+    final_state: Tensor | None
+    layout: _Layout
+    given: dict[str, Any]
+    checkpoints: Tensor | None
+    elapsed: Tensor | None
+
+
+def _forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final, *, save=False
+) -> _Scan:
+    layout = _Layout.of(u, A.shape[1], cu_seqlens)
+    u, delta, z = _rows(u), _rows(delta), _rows(z)
+    tiles = from_weights(("tiles", layout.N, layout.blocks), layout.to_tiles, A)
+    given = {
+        "u": u,
+        "delta": delta,
+        "A": tiles,
+        "B": layout.per_token(B),
+        "C": layout.per_token(C),
+        "D": None if D is None else D.float(),
+        "z": z,
+        "bias": None if delta_bias is None else delta_bias.float(),
+        "resets": resets,
+        "lengths": lengths,
+        "cu_seqlens": cu_seqlens,
+    }
+    y = u.new_empty(u.shape)
+    checkpoints = layout.new_tiles(u, layout.checkpoints) if save else None
+    h0 = None if initial_state is None else layout.to_tiles(initial_state)
+    last = layout.new_tiles(u, layout.sequences * layout.segments) if want_final else None
+    elapsed = None
+    with _on(u.device):
+        if layout.segments > 1:
+            h0, elapsed = _starts(layout, given, h0)
+        _launch(
+            scan_forward,
+            layout,
+            layout.sequences,
+            given,
+            h0=h0,
+            y=y,
+            checkpoints=checkpoints,
+            last=last,
+            K=FORWARD_GROUP,
+            CK=CHECKPOINT,
+            HAS_H0=h0 is not None,
+            SAVE=checkpoints is not None,
+            LAST=want_final,
+            AHEAD=layout.few_programs(u.device),
+        )
+    final_state = None
+    if last is not None:
+        if layout.segments > 1:
+            last = last.unflatten(0, (layout.sequences, layout.segments))[:, -1]
+        final_state = layout.from_tiles(last)
+    return _Scan(y, final_state, layout, given, checkpoints, elapsed)
+
+
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final):
-        layout = _Layout.of(u, A.shape[1], cu_seqlens)
-        u, delta, z = _rows(u), _rows(delta), _rows(z)
-        tiles = layout.to_tiles(A)
-        given = {
-            "u": u,
-            "delta": delta,
-            "A": tiles,
-            "B": layout.per_token(B),
-            "C": layout.per_token(C),
-            "D": None if D is None else D.float(),
-            "z": z,
-            "bias": None if delta_bias is None else delta_bias.float(),
-            "resets": resets,
-            "lengths": lengths,
-            "cu_seqlens": cu_seqlens,
-        }
-        y = u.new_empty(u.shape)
-        checkpoints = layout.new_tiles(u, layout.checkpoints) if any(ctx.needs_input_grad) else None
-        h0 = None if initial_state is None else layout.to_tiles(initial_state)
-        last = layout.new_tiles(u, layout.sequences * layout.segments) if want_final else None
-        elapsed = None
-        with _on(u.device):
-            if layout.segments > 1:
-                h0, elapsed = _starts(layout, given, h0)
-            _launch(
-                scan_forward,
-                layout,
-                layout.sequences,
-                given,
-                h0=h0,
-                y=y,
-                checkpoints=checkpoints,
-                last=last,
-                K=FORWARD_GROUP,
-                CK=CHECKPOINT,
-                HAS_H0=h0 is not None,
-                SAVE=checkpoints is not None,
-                LAST=want_final,
-                AHEAD=layout.few_programs(u.device),
-            )
-        ctx.layout, ctx.dtypes = (
-            layout,
-            [None if x is None else x.dtype for x in (A, B, C, D, delta_bias, initial_state)],
+        scan = _forward(
+            *(u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final),
+            save=any(ctx.needs_input_grad),
         )
-        ctx.names = list(given)
-        ctx.save_for_backward(*given.values(), checkpoints, elapsed)
+        ctx.layout = scan.layout
+        ctx.dtypes = [None if x is None else x.dtype for x in (A, B, C, D, delta_bias, initial_state)]
+        ctx.names = list(scan.given)
+        ctx.save_for_backward(*scan.given.values(), scan.checkpoints, scan.elapsed)
         ctx.set_materialize_grads(False)
-        final_state = None
-        if last is not None:
-            final_state = layout.from_tiles(last.unflatten(0, (layout.sequences, layout.segments))[:, -1])
-        return y, final_state
+        return scan.y, scan.final_state
 
     @staticmethod
     @once_differentiable

@@ -134,27 +134,31 @@ def _states(plan: _Plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlen
     )
 
 
+def _forward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state):
+    plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
+    final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
+    with torch.cuda.device_of(x):
+        h = plan.states(x)
+        _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state)
+        kernels.outputs[(plan.slots * plan.heads,)](
+            *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, plan.table(cu_seqlens), h, y),
+            *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C)),
+            HAS_D=D is not None,
+            **plan.constants,
+            **plan.tile,
+            **LAUNCH["outputs"][plan.float32],
+        )
+    return y, final_state
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state):
-        plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
         ctx.save_for_backward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens)
         ctx.set_materialize_grads(False)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
-        final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
-        with torch.cuda.device_of(x):
-            h = plan.states(x)
-            _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state)
-            kernels.outputs[(plan.slots * plan.heads,)](
-                *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, plan.table(cu_seqlens), h, y),
-                *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C)),
-                HAS_D=D is not None,
-                **plan.constants,
-                **plan.tile,
-                **LAUNCH["outputs"][plan.float32],
-            )
-        return y, final_state
+        return _forward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state)
 
     @staticmethod
     @once_differentiable
@@ -249,7 +253,8 @@ def ssd(
     if cu_seqlens is not None:
         check_packed(x, cu_seqlens, initial_state, lengths, seq_idx)
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    return _SSD.apply(
+    run = _SSD.apply if torch.is_grad_enabled() else _forward
+    return run(
         row_strides(x),
         dt.float().contiguous(),
         A.float().contiguous(),
