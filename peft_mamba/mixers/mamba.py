@@ -74,6 +74,6 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
         y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
-        if ssm is not None:
+        if return_final_state and ssm is not None:
             state = state_after(x, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
         return project(self.out_proj, y, product=not self._output_unread()), state

@@ -87,7 +87,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             return_final_state=return_final_state,
         )
         state = None
-        if ssm is not None:
+        if return_final_state and ssm is not None:
             xBC = convolved[0] if sequences is not None else torch.cat(convolved, dim=-1)
             state = state_after(xBC, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
