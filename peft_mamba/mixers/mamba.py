@@ -35,6 +35,8 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         return_final_state: bool = False,
         sequences: PackedSequences | None = None,
     ) -> tuple[Tensor, MixerState | None]:
+        if sequences is not None:
+            cu_seqlens, return_final_state = sequences.cu_seqlens, sequences.kept is not None
         x, z = project(self.in_proj, hidden_states, sizes=[self.intermediate_size] * 2)
         conv_before = inputs_before(initial_state, self.conv_kernel_size)
 
