@@ -71,7 +71,7 @@ class Budget:
     ) -> Budget:
         """From the device's free memory, where not given."""
         free = free_memory(device)
-        # No copy is larger than its weight.
+        # Half-precision copies and what else is kept are smaller than all the weights together.
         copies = min(sum(weight.nbytes for weight in model.parameters()), int(free * COPIES_SHARE))
         free -= copies
         if state_bytes is None:

@@ -35,6 +35,8 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         return_final_state: bool = False,
         sequences: PackedSequences | None = None,
     ) -> tuple[Tensor, MixerState | None]:
+        if sequences is not None:
+            cu_seqlens, return_final_state = sequences.cu_seqlens, sequences.kept is not None
         x, z = project(self.in_proj, hidden_states, sizes=[self.intermediate_size] * 2)
         conv_before = inputs_before(initial_state, self.conv_kernel_size)
 
@@ -74,6 +76,6 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
         y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
-        if ssm is not None:
+        if return_final_state and ssm is not None:
             state = state_after(x, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
         return project(self.out_proj, y, product=not self._output_unread()), state

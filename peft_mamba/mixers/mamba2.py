@@ -40,6 +40,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
     ) -> tuple[Tensor, MixerState | None]:
         D, group_states = self.intermediate_size, self.n_groups * self.ssm_state_size
         if sequences is not None:  # run by our own scan, which takes x, B and C as they lie in one tensor
+            cu_seqlens, return_final_state = sequences.cu_seqlens, sequences.kept is not None
             z, xBC, dt = project(self.in_proj, hidden_states, sizes=[D, D + 2 * group_states, self.num_heads])
             convolved, parts = [xBC], [slice(None)]
         else:
@@ -87,7 +88,7 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             return_final_state=return_final_state,
         )
         state = None
-        if ssm is not None:
+        if return_final_state and ssm is not None:
             xBC = convolved[0] if sequences is not None else torch.cat(convolved, dim=-1)
             state = state_after(xBC, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state

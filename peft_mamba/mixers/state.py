@@ -251,13 +251,7 @@ class CachedMixer:
         state = None
         if pool is not None and source is not None:
             state = MixerState(*pool.read(self.layer_idx, source))
-        hidden_states, state = self.mix(
-            hidden_states,
-            initial_state=state,
-            cu_seqlens=sequences.cu_seqlens,
-            return_final_state=sequences.kept is not None,
-            sequences=sequences,
-        )
+        hidden_states, state = self.mix(hidden_states, initial_state=state, sequences=sequences)
         if state is not None and pool is not None and target is not None:
             pool.write(self.layer_idx, target, state.conv, state.ssm)
         return hidden_states
@@ -279,10 +273,10 @@ class CachedMixer:
             initial_state: after the tokens that came before; None: there were none.
             lengths: (B,), tokens at and after it are padding.
             seq_idx: as for forward.
-            cu_seqlens: (S+1,) int32, bounds of sequences in a batch of one row; states have S in place of B. Beside
-                seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without states.
+            cu_seqlens: (S+1,) int32, beside seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without
+                states.
             return_final_state: False saves the work of it, and the second result is None.
-            sequences: what cu_seqlens is of, in a batch of one row; the final state is then that of the sequences that
-                it keeps alone, with one input of the convolution less.
+            sequences: of a batch of one row, in place of the four above. The initial state has one entry for each, the
+                final state one for each that is kept, both as a `StatePool` has them.
         """
         raise NotImplementedError

@@ -209,7 +209,7 @@ def test_dtypes_that_peft_would_mix_are_left_to_it():
     assert torch.equal(project(layer, x), layer(x))
 
 
-def test_without_a_gradient_the_module_is_called():
+def test_without_a_gradient_a_hook_is_called():
     seen = []
     layer = adapted().eval()
     layer.base_layer.register_forward_hook(lambda *args: seen.append(args))
