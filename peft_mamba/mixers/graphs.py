@@ -150,6 +150,7 @@ class _Graphs:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self._times = -(2**62)  # not again for this state and shape
+            _forget_capture(hidden_states.device)
             self._say(f"the forward or backward cannot be captured ({error})", logging.WARNING)
             return None
         logger.info("CUDA graphs of the layers for batches of %s tokens", " x ".join(map(str, hidden_states.shape[:2])))
@@ -234,6 +235,12 @@ class _StackGraph:
             for parameter, used in zip(self._parameters, self._used, strict=True)
         ]
         return None if self._dx is None else self._dx.clone(), of_parameters
+
+
+def _forget_capture(device: torch.device) -> None:
+    """Let random numbers be drawn again: where a capture fails, the generator is left believing that it goes on."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class _Step:

@@ -180,14 +180,15 @@ def test_what_cannot_be_captured_trains_without_and_says_so(replays, caplog):
     mixer = model.base_model.model.backbone.layers[0].mixer
     with caplog.at_level(logging.INFO, "peft_mamba"):
         handle = mixer.register_forward_pre_hook(lambda module, args: None)
-        mine = losses(model, [batch(seed) for seed in range(4)])
+        mine = losses(model, [batch(seed) for seed in range(4)], precision=None)
         handle.remove()
         act = mixer.act
         mixer.act, mixer.activation = Waits(), "waits"
-        mine += losses(model, [batch(seed) for seed in range(4, 9)])
+        mine += losses(model, [batch(seed) for seed in range(4, 9)], precision=None)
+        torch.rand(2, device="cuda")  # a capture that failed leaves no trace in the generator
         mixer.act, mixer.activation = act, "silu"
-        mine += losses(model, [batch(seed) for seed in range(9, 9 + STEPS)])
-    assert_same(mine, losses(other, [batch(seed) for seed in range(9 + STEPS)]), 2e-2)
+        mine += losses(model, [batch(seed) for seed in range(9, 9 + STEPS)], precision=None)
+    assert_same(mine, losses(other, [batch(seed) for seed in range(9 + STEPS)], precision=None), 1e-3)
     said = [record.getMessage() for record in caplog.records if "No CUDA graphs" in record.getMessage()]
     assert len(said) == 2 and "hooks" in said[0] and "captured" in said[1]
 

@@ -70,7 +70,7 @@ def state(model):
         lambda model: model.eval(),
         lambda model: model.base_model.model.backbone.layers[1].mixer.in_proj.scaling.update(default=9.0),
         lambda model: model.base_model.model.backbone.layers[0].mixer.A_log.requires_grad_(True),
-        lambda model: setattr(model.base_model.model.backbone.layers[0].mixer.in_proj.lora_dropout["default"], "p", 0.1),
+        lambda model: [setattr(each, "p", 0.1) for each in model.modules() if isinstance(each, nn.Dropout)],
         lambda model: setattr(model.base_model.model.backbone.layers[0], "recompute", "none"),
         lambda model: setattr(
             model.base_model.model.backbone.layers[0].norm, "weight", nn.Parameter(torch.ones(32), requires_grad=False)
