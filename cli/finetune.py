@@ -124,8 +124,7 @@ def _run(
     settings = _with_what_fits(model, settings, precision, process, console)
     if settings.recompute is not None:
         recompute(model, settings.recompute)
-    if settings.cuda_graphs:
-        use_cuda_graphs(model)
+    settings = _with_graphs(model, settings, process, console)
     identity = {
         "data": data.fingerprint,
         "processes": process.num_processes,
@@ -222,6 +221,17 @@ def _with_what_fits(
     if settings.recompute == "auto":
         console.print(f"--recompute auto: {level}.", highlight=False, soft_wrap=True)
     return replace(settings, recompute=level)
+
+
+def _with_graphs(model: Any, settings: Settings, process: PartialState, console: Console) -> Settings:
+    """Switch CUDA graphs on where they are wanted, and can be had."""
+    if not settings.cuda_graphs or process.device.type != "cuda":
+        return settings
+    if process.num_processes > 1:
+        console.print("--cuda-graphs: off, they are for one device.", highlight=False, soft_wrap=True)
+        return replace(settings, cuda_graphs=False)
+    use_cuda_graphs(model)
+    return settings
 
 
 def _trainer(

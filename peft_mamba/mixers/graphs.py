@@ -147,11 +147,10 @@ class _Graphs:
         try:
             self._graph = _StackGraph(key, blocks, hidden_states, inputs)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             self._times = -(2**62)  # not again for this state and shape
             _forget_capture(hidden_states.device)
-            self._say(f"the forward or backward cannot be captured ({error})", logging.WARNING)
+            why = "there is no memory for them" if isinstance(error, torch.OutOfMemoryError) else "they fail"
+            self._say(f"{why} ({error})", logging.WARNING)
             return None
         logger.info("CUDA graphs of the layers for batches of %s tokens", " x ".join(map(str, hidden_states.shape[:2])))
         return self._graph

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval_mamba.cli import finetune
 from lm_eval_mamba.cli.measures import Meter
 from lm_eval_mamba.cli.packed import FILLER, FullBatches
 from lm_eval_mamba.cli.settings import ModelFacts, SettingsError, resolve
+from rich.console import Console
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .test_settings import PLAIN
@@ -67,3 +71,23 @@ def test_graphs_are_for_adapters_of_mamba(family):
 def test_graphs_that_would_do_nothing_are_refused(given, family, said):
     with pytest.raises(SettingsError, match=f"--cuda-graphs: .*{said}"):
         resolve({**PLAIN, **given, "cuda_graphs": True}, {}, ModelFacts(family, 130_000_000))
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "asked", "used"),
+    [
+        ("cuda", 1, True, True),
+        ("cuda", 2, True, False),
+        ("cuda", 1, False, False),
+        ("cpu", 1, True, False),
+    ],
+)
+def test_graphs_are_for_one_gpu(monkeypatch, capsys, device, processes, asked, used):
+    switched = []
+    monkeypatch.setattr(finetune, "use_cuda_graphs", switched.append)
+    settings = resolve({**PLAIN, "cuda_graphs": asked}, {}, ModelFacts("mamba", 130_000_000)).settings
+    process = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    settings = finetune._with_graphs("model", settings, process, Console())
+    assert bool(switched) == used
+    assert ("off, they are for one device" in capsys.readouterr().out) == (processes > 1)
+    assert settings.cuda_graphs is (asked and processes == 1)
