@@ -297,7 +297,7 @@ def _walk(blocks: list[Any]) -> Iterator[nn.Module]:
     while stack:
         module = stack.pop()
         yield module
-        stack.extend(filter(None, module._modules.values()))
+        stack.extend(each for each in module._modules.values() if each is not None)
 
 
 def _trained(blocks: list[Block]) -> list[nn.Parameter]:
