@@ -166,8 +166,9 @@ def _packed_ssd(v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlen
     """The chunks of all sequences that are at the same place in theirs, side by side; arguments have no batch."""
     lengths = cu_seqlens.diff().long()
     order = torch.argsort(lengths, descending=True, stable=True)
-    sizes, first = lengths[order].tolist(), cu_seqlens[:-1].long()[order]
-    h = h[order]
+    lengths, first = lengths[order], cu_seqlens[:-1].long()[order]
+    sizes, last = lengths.tolist(), first + lengths - 1
+    h = h.index_select(0, order)
     outputs, tokens = [], []
     for start in range(0, max(sizes, default=0), SSD_CHUNK):
         states, row = [], 0
@@ -175,18 +176,32 @@ def _packed_ssd(v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlen
             # Together with those that are at least three quarters as long, which bounds the padding.
             width = min(left, SSD_CHUNK)
             stop = next((i for i in range(row, len(sizes)) if 4 * (sizes[i] - start) < 3 * width), len(sizes))
-            time = torch.arange(width, device=v.device)
-            real = (lengths[order[row:stop]] - start)[:, None] > time
-            # Padding repeats the sequence's own last token; no step is made there.
-            at = torch.minimum(first[row:stop, None] + start + time, (first + lengths[order] - 1)[row:stop, None])
-            y, state = _ssd_chunk(v[at] * real[..., None, None], a[at] * real[..., None], B[at], C[at], h[row:stop])
-            outputs.append(y[real])
-            tokens.append(at[real])
+            time = torch.arange(start, start + width, device=v.device)
+            at = first[row:stop, None] + time
+            padded = sizes[stop - 1] - start < width
+            if padded:  # with the sequence's own last token, where no step is made
+                real = lengths[row:stop, None] > time
+                at = torch.minimum(at, last[row:stop, None])
+            v_, a_, B_, C_ = (_rows(x, at) for x in (v, a, B, C))
+            if padded:
+                v_, a_ = v_ * real[..., None, None], a_ * real[..., None]
+            y, state = _ssd_chunk(v_, a_, B_, C_, h[row:stop])
+            y, at = y.flatten(0, 1), at.flatten()
+            if padded:
+                kept = real.flatten().nonzero()[:, 0]
+                y, at = y.index_select(0, kept), at.index_select(0, kept)
+            outputs.append(y)
+            tokens.append(at)
             states.append(state)
             row = stop
         h = torch.cat([*states, h[row:]])
-    y = torch.cat(outputs)[_inverse(torch.cat(tokens))] if outputs else v
-    return y[None], h[_inverse(order)]
+    y = torch.cat(outputs).index_select(0, _inverse(torch.cat(tokens))) if outputs else v
+    return y[None], h.index_select(0, _inverse(order))
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """x[at], rows of x, by index_select, which copies each as a whole."""
+    return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:])
 
 
 def _inverse(permutation: Tensor) -> Tensor:
