@@ -65,8 +65,8 @@ def scan_backward(
     row = first + segment * split
     # The state before each group of K tokens, and behind those before each token that is left over.
     kept = scratch + program * ((CK // K + K - 1) * N * 32) + tile
-    rows, distance = _sectors(
-        u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, HAS_Z, MASK_D
+    rows, distance = row_sectors(
+        u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, True, HAS_Z, MASK_D
     )
     states = state_sectors(B, C, K, N)
     kept_sectors = scratch.to(tl.int64) + (program * ((CK // K + K - 1) * N * 32) + lane * (N // 4 * 4)) * 4
@@ -168,24 +168,6 @@ def scan_backward(
         tl.store(dbias + program * 32 + lane, sum_bias)
     if GRAD_H0:
         tl.store(dh0 + slot + tile, dh)
-
-
-@triton.jit
-def _sectors(
-    u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels,
-    K: tl.constexpr, HAS_Z: tl.constexpr, MASK_D: tl.constexpr,
-):  # fmt: skip
-    """What to `prefetch` of K rows, and the distance to what is one row further, one address a lane."""
-    eighth = tl.arange(0, 32) // 8
-    address, distance = row_sectors(u, stride_u, block, channels, K, MASK_D)
-    other, step = row_sectors(delta, stride_delta, block, channels, K, MASK_D)
-    address, distance = tl.where(eighth == 1, other, address), tl.where(eighth == 1, step, distance)
-    other, step = row_sectors(dy, stride_dy, block, channels, K, MASK_D)
-    address, distance = tl.where(eighth == 2, other, address), tl.where(eighth == 2, step, distance)
-    if HAS_Z:
-        other, step = row_sectors(z, stride_z, block, channels, K, MASK_D)
-        address, distance = tl.where(eighth == 3, other, address), tl.where(eighth == 3, step, distance)
-    return address, distance
 
 
 @triton.jit

@@ -62,7 +62,9 @@ def scan_forward(
     whole = tokens // K * K
     # With few warps a multiprocessor, AHEAD: u, delta and z are loaded two groups ahead, B and C one, which takes 170
     # registers. With many, at their use: by then they are in the L1 cache, and other warps bridge the way from there.
-    rows, distance = _sectors(u, delta, z, stride_u, stride_delta, stride_z, block, channels, K, HAS_Z, MASK_D)
+    rows, distance = row_sectors(
+        u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, channels, K, False, HAS_Z, MASK_D
+    )
     states = state_sectors(B, C, K, N)
     if AHEAD:
         some = d_ok & (whole > 0)
@@ -129,22 +131,6 @@ def scan_forward(
         C += N
     if LAST:
         tl.store(last + slot + tile, h)
-
-
-@triton.jit
-def _sectors(
-    u, delta, z, stride_u, stride_delta, stride_z, block, channels,
-    K: tl.constexpr, HAS_Z: tl.constexpr, MASK_D: tl.constexpr,
-):  # fmt: skip
-    """What to `prefetch` of K rows, and the distance to what is one row further, one address a lane."""
-    eighth = tl.arange(0, 32) // 8
-    address, distance = row_sectors(u, stride_u, block, channels, K, MASK_D)
-    other, step = row_sectors(delta, stride_delta, block, channels, K, MASK_D)
-    address, distance = tl.where(eighth == 1, other, address), tl.where(eighth == 1, step, distance)
-    if HAS_Z:
-        other, step = row_sectors(z, stride_z, block, channels, K, MASK_D)
-        address, distance = tl.where(eighth == 2, other, address), tl.where(eighth == 2, step, distance)
-    return address, distance
 
 
 @triton.jit

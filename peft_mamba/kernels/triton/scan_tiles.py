@@ -110,15 +110,34 @@ def prefetch(addresses):
 
 
 @triton.jit
-def row_sectors(tensor, stride, block, channels, rows: tl.constexpr, MASK_D: tl.constexpr):
-    """Address and distance in bytes, one a lane of 8, of two sectors in each of `rows` rows of a block of channels."""
+def row_sectors(
+    u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels,
+    K: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr, MASK_D: tl.constexpr,
+):  # fmt: skip
+    """What to `prefetch` of K rows, at most 4, and the distance in bytes to what is one row further, one a lane."""
+    tensor = tl.arange(0, 32) // 8
+    address, distance = _two_of_each_row(u, stride_u, block, channels, K, MASK_D)
+    other, step = _two_of_each_row(delta, stride_delta, block, channels, K, MASK_D)
+    address, distance = tl.where(tensor == 1, other, address), tl.where(tensor == 1, step, distance)
+    if HAS_DY:
+        other, step = _two_of_each_row(dy, stride_dy, block, channels, K, MASK_D)
+        address, distance = tl.where(tensor == 2, other, address), tl.where(tensor == 2, step, distance)
+    if HAS_Z:
+        other, step = _two_of_each_row(z, stride_z, block, channels, K, MASK_D)
+        address, distance = tl.where(tensor == 3, other, address), tl.where(tensor == 3, step, distance)
+    return address, distance
+
+
+@triton.jit
+def _two_of_each_row(tensor, stride, block, channels, K: tl.constexpr, MASK_D: tl.constexpr):
+    """Address and distance for each of 8 lanes: two sectors in each of K rows of a block of channels."""
     size: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
     lane = tl.arange(0, 32)
-    place = block * 32 + lane % 2 * 16
+    channel = block * 32 + lane % 2 * 16
     if MASK_D:
-        place = tl.minimum(place, channels - 1)
+        channel = tl.minimum(channel, channels - 1)
     distance = tl.full([32], stride, tl.int64) * size
-    return tensor.to(tl.int64) + place * size + (lane // 2 % rows) * distance, distance
+    return tensor.to(tl.int64) + channel * size + (lane // 2 % K) * distance, distance
 
 
 @triton.jit
