@@ -44,6 +44,13 @@ def test_against_float64(scan, device, name, monkeypatch):
     check(scan.selective_scan, CASES[name], device)
 
 
+@pytest.mark.parametrize("few", [0, 2**31])
+@pytest.mark.parametrize("name", ["plain", "several checkpoints", "no z", "fp16", "packed"])
+def test_inputs_are_loaded_ahead_or_at_their_use(scan, device, name, few, monkeypatch):
+    monkeypatch.setattr(scan, "FEW_PROGRAMS", few)
+    check(scan.selective_scan, CASES[name], device)
+
+
 @settings(max_examples=4, deadline=None)
 @given(
     batch=st.integers(1, 3),
