@@ -131,7 +131,7 @@ def ssd(
             outputs.append(y)
         y = torch.cat(outputs, dim=1) if outputs else u
     if D is not None:
-        y = y + u * D.to(dtype)[:, None]
+        y = torch.addcmul(y, u, D.to(dtype)[:, None])
     return y.to(x.dtype), h if return_final_state else None
 
 
