@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 BACKBONES = (modeling_mamba.MambaModel, modeling_mamba2.Mamba2Model)
 # A shape is captured when it comes for this time in a row: by then its kernels are compiled and tuned.
 TIMES_IN_A_ROW = 3
+# A capture costs a few steps. Where a graph was replayed less often than this before another shape came, as with
+# batches sorted by length, the next shape has to come twice as often.
+PAYS = 20
 # A graph holds the gradients of weights a second time; of more weights than this share it is not worth that.
 MOST_TRAINED = 0.25
 # Bounds of packed documents are padded to a multiple of this, so that a graph takes batches of more and of fewer.
@@ -107,6 +110,7 @@ class _Graphs:
         self._graph: _StackGraph | None = None
         self._last: Any = None
         self._times = 0
+        self._wanted = TIMES_IN_A_ROW
         self._reasons: set[str] = set()
 
     def __reduce__(self) -> Any:
@@ -139,10 +143,12 @@ class _Graphs:
                 return None  # a second forward before the first one's backward, which would read what this one writes
             if self._graph.takes(key, inputs):
                 return self._graph
+            if self._graph.replays < PAYS:
+                self._wanted *= 2
             self._graph = None  # the batch that differs needs the memory
         self._times = self._times + 1 if key == self._last else 1
         self._last = key
-        if self._times < TIMES_IN_A_ROW:
+        if self._times < self._wanted:
             return None
         try:
             self._graph = _StackGraph(key, blocks, hidden_states, inputs)
@@ -175,6 +181,7 @@ class _StackGraph:
         self._parameters = _trained(blocks)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._step: weakref.ref[_Step] | None = None
+        self.replays = 0
         pool = torch.cuda.graph_pool_handle()
         mode = "thread_local"  # other threads, such as NCCL's watchdog, may go on asking the device
         precision = torch.autocast(
@@ -221,6 +228,7 @@ class _StackGraph:
 
     def forward(self, step: _Step) -> Tensor:
         self._step = weakref.ref(step)
+        self.replays += 1
         self._forward.replay()
         return self._y.clone()
 

@@ -117,3 +117,45 @@ def test_other_leaves_share_the_weights_and_go_again():
         assert not {id(leaf) for leaf in leaves} & {id(weight) for weight in weights}
         assert all(a is b for a, b in zip(graphs._trained(blocks), leaves, strict=True))
     assert [id(each) for each in model.parameters()] == before
+
+
+class Graph:
+    """Takes the place of captured ones."""
+
+    def __init__(self, key, blocks, hidden_states, inputs):
+        self.key, self.replays = key, 0
+
+    def takes(self, key, inputs):
+        return key == self.key
+
+    def waits(self):
+        return False
+
+
+def captured(lengths, monkeypatch):
+    """For batches of these lengths, one after the other: the number of the graph that each runs through, 0 for none."""
+    monkeypatch.setattr(graphs, "_StackGraph", Graph)
+    blocks, own, seen, numbers = (
+        list(trained("mamba", "sll").base_model.model.backbone.layers),
+        graphs._Graphs(),
+        [],
+        [],
+    )
+    for length in lengths:
+        graph = own._find(blocks, torch.zeros(2, length, 32), {})
+        if graph is not None:
+            graph.replays += 1
+            seen += [] if graph in seen else [graph]
+        numbers.append(0 if graph is None else seen.index(graph) + 1)
+    return numbers
+
+
+def test_a_shape_is_captured_when_it_comes_in_a_row(monkeypatch):
+    monkeypatch.setattr(graphs, "PAYS", 2)
+    assert captured([8, 8, 9, 8, 8, 8, 8, 7, 8, 8, 8], monkeypatch) == [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 2]
+
+
+def test_shapes_that_do_not_stay_are_captured_ever_less_often(monkeypatch):
+    assert captured([n for n in range(9) for _ in range(5)], monkeypatch) == [0, 0, 1, 1, 1] + [0] * 40
+    sorted_by_length = [n for n in range(9) for _ in range(7)]
+    assert captured(sorted_by_length, monkeypatch) == [0, 0, 1, 1, 1, 1, 1] + [0] * 5 + [2, 2] + [0] * 49
