@@ -46,7 +46,7 @@ def rms_norm(
     """
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _run(x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
+        return _run(_fused(x), x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
     return _RMSNorm.apply(x, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
 
 
@@ -56,7 +56,7 @@ def rms_norm_residual(
     """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway."""
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _run(x, weight, None, eps, x.shape[-1], out_dtype)[0], x
+        return _run(_fused(x), x, weight, None, eps, x.shape[-1], out_dtype)[0], x
     return _RMSNorm.apply(x, weight, None, eps, x.shape[-1], out_dtype, True)
 
 
@@ -73,27 +73,21 @@ def _kernels():
 
 
 def _fused(x: Tensor):
-    if not x.is_cuda or x.dtype == torch.float64 or os.environ.get(ENVIRONMENT_VARIABLE) in PYTORCH_ONLY:
+    if torch.compiler.is_compiling() or not x.is_cuda or x.dtype == torch.float64:
         return None
-    return _kernels()
+    return None if os.environ.get(ENVIRONMENT_VARIABLE) in PYTORCH_ONLY else _kernels()
 
 
-def _run(x, weight, gate, eps, group_size, out_dtype):
-    """Without autograd: what calling it costs the host shows beside small kernels."""
-    fused = None if torch.compiler.is_compiling() else _fused(x)
-    return (_forward if fused is None else fused.forward)(x, weight, gate, eps, group_size, out_dtype)
+def _run(fused, *arguments):
+    return (_forward if fused is None else fused.forward)(*arguments)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gate, eps, group_size, out_dtype, residual):
-        fused = _fused(x)
-        if fused is not None:
-            y, rstd = fused.forward(x, weight, gate, eps, group_size, out_dtype)
-        else:
-            y, rstd = _forward(x, weight, gate, eps, group_size, out_dtype)
+        ctx.group_size, ctx.fused = group_size, _fused(x)
+        y, rstd = _run(ctx.fused, x, weight, gate, eps, group_size, out_dtype)
         ctx.save_for_backward(x, weight, gate, rstd)
-        ctx.group_size, ctx.fused = group_size, fused
         ctx.set_materialize_grads(False)
         return (y, x) if residual else (y, None)
 

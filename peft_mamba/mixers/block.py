@@ -81,15 +81,19 @@ class Block:
         if torch.compiler.is_compiling():
             level = "none"
         if level == "block":
-            layers = [each for each in self.mixer.children() if isinstance(each, nn.Linear) or is_adapted(each)]
             parameters = [each for each in self.parameters() if each.requires_grad]
-            return checkpointed(run, hidden_states, parameters, draws=any(map(draws, layers)))
+            return checkpointed(run, hidden_states, parameters, draws=self.draws())
         if level == "mixer" and not in_other_hands():
             with Remakes().collecting():
                 residual, mixed = run(hidden_states)
         else:
             residual, mixed = run(hidden_states)
         return residual + mixed
+
+    def draws(self) -> bool:
+        """Whether running it draws random numbers, see `projection.draws`."""
+        layers = [each for each in self.mixer.children() if isinstance(each, nn.Linear) or is_adapted(each)]
+        return any(map(draws, layers))
 
     def _parts(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
         """The residual, and what the mixer adds to it."""

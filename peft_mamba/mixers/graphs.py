@@ -32,8 +32,8 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels import ENVIRONMENT_VARIABLE
 from .block import Block
-from .projection import draws, hooked
-from .recomputation import in_other_hands
+from .projection import hooked
+from .recomputation import autocast_like_now, in_other_hands
 from .sequences import PackedSequences
 from .state import PackedRows
 
@@ -184,15 +184,11 @@ class _StackGraph:
         self.replays = 0
         pool = torch.cuda.graph_pool_handle()
         mode = "thread_local"  # other threads, such as NCCL's watchdog, may go on asking the device
-        precision = torch.autocast(
-            "cuda",
-            dtype=torch.get_autocast_dtype("cuda"),
-            enabled=torch.is_autocast_enabled("cuda"),
-            cache_enabled=False,  # casts of weights belong to the graph, which makes them anew at every replay
-        )
+        # Casts of weights belong to the graph, which makes them anew at every replay.
+        precision = autocast_like_now("cuda")
         rows = _rows(self._inputs)
         with torch.cuda.device(device), _as_other_leaves(blocks) as leaves:
-            with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=mode), precision:
+            with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=mode), precision():
                 y = self._x
                 for block in blocks:
                     y = block(y, attention_mask=rows)
@@ -369,7 +365,7 @@ def _state_of(blocks: list[Block]) -> tuple | str:
                 return (
                     'transformers\' gradient checkpointing is on; peft_mamba.recompute(model, "block") can be instead'
                 )
-            if module.recompute == "block" and any(draws(each) for each in module.mixer.children() if _projects(each)):
+            if module.recompute == "block" and module.draws():
                 return "dropout in layers that run again needs its random state, which a capture cannot ask for"
     if not trained:
         return "no weight of the layers is trained"
@@ -378,10 +374,6 @@ def _state_of(blocks: list[Block]) -> tuple | str:
     if len({(each.dtype, each.device) for each in trained}) > 1:
         return "the trained weights have several dtypes or lie on several devices"
     return tuple(state)
-
-
-def _projects(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | BaseTunerLayer)
 
 
 def _shape_of(hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> tuple:

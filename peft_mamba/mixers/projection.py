@@ -201,9 +201,7 @@ def _infer(x: Tensor, layer: Plain, bias: Tensor | None, fast: bool) -> Tensor:
 def _cast(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     if weight.dtype == dtype and scaling == 1.0:
         return weight
-    if scaling == 1.0:
-        return from_weights(dtype, lambda w: w.to(dtype), weight)
-    return from_weights((dtype, scaling), lambda w: (w * scaling).to(dtype), weight)
+    return from_weights((dtype, scaling), lambda w: _scaled(w, scaling, dtype), weight)
 
 
 def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
@@ -217,10 +215,10 @@ def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def _scaled(weight: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """scaling · weight in `dtype`, rounded once, in one operation: a step launches thousands."""
-    if scaling == 1.0 or weight.dtype == dtype:
-        return weight.to(dtype) if scaling == 1.0 else weight * scaling
-    return torch.mul(weight, scaling, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+    """scaling · weight in `dtype`, in one operation: a step launches thousands."""
+    if scaling == 1.0:
+        return weight.to(dtype)
+    return torch.mul(weight, scaling, out=torch.empty_like(weight, dtype=dtype))
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:

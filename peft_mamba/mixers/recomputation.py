@@ -120,7 +120,7 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, draws, x, *parameters):
         ctx.save_for_backward(x, *parameters)
-        ctx.run, ctx.autocast = run, _autocast_like_now(x.device.type)
+        ctx.run, ctx.autocast = run, autocast_like_now(x.device.type)
         ctx.random = _RandomState(x) if draws else None
         residual, mixed = run(x)
         return residual + mixed
@@ -196,7 +196,7 @@ class _Remade:
         self.uses = 0
         self._make = make
         self._layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
-        self._autocast = _autocast_like_now(tensor.device.type)
+        self._autocast = autocast_like_now(tensor.device.type)
         self._alive: Tensor | None = tensor  # holds the storage, so that no other tensor gets its address
         self._value: Tensor | None = None
 
@@ -216,7 +216,8 @@ class _Remade:
         return value
 
 
-def _autocast_like_now(device: str) -> Callable[[], torch.autocast]:
+def autocast_like_now(device: str) -> Callable[[], torch.autocast]:
+    """Makes contexts of the autocast that is in force, without its cache of weights."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return functools.partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
