@@ -109,6 +109,30 @@ def load_tile(pointer, rows, row_stride, row_mask, columns, column_count):
     )
 
 
+@triton.jit
+def store_tile(pointer, rows, row_stride, row_mask, columns, column_mask, values):
+    at = (rows * row_stride)[:, None] + columns[None, :]
+    tl.store(pointer + at, values.to(pointer.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def tokens_of(first, stop, Q: tl.constexpr):
+    """Of a chunk: 0 to Q, its tokens, the first one's number as int64, and which of them there are."""
+    q = tl.arange(0, Q)
+    t = first + q
+    return q, t, first.to(tl.int64), t < stop
+
+
+@triton.jit
+def state_tile(head_size, state_size, P: tl.constexpr, N: tl.constexpr):
+    """The tile of a state that is program_id(2)'s: rows, columns, offsets in the state, which elements there are."""
+    tiles = tl.cdiv(state_size, N)
+    p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
+    n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    inside = (p < head_size)[:, None] & (n < state_size)[None, :]
+    return p, n, p[:, None] * state_size + n[None, :], inside
+
+
 @triton.jit(do_not_specialize=VARYING)
 def states(
     x, dt, A, B, initial, lengths, seq_idx, cu_seqlens, h, final,
@@ -120,16 +144,12 @@ def states(
 ):  # fmt: skip
     """h before each chunk of a sequence and head, and after the last one; P and N are tiles of the state."""
     sequence, head = tl.program_id(0), tl.program_id(1)
-    tiles = tl.cdiv(state_size, N)
-    p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
-    n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    p, n, at, inside = state_tile(head_size, state_size, P, N)
     q = tl.arange(0, Q)
     row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
     x += row * x_row + head * x_head
     B += row * b_row + (head // group_heads) * b_group
-    inside = (p < head_size)[:, None] & (n < state_size)[None, :]
     size = head_size.to(tl.int64) * state_size
-    at = p[:, None] * state_size + n[None, :]
     state = tl.zeros([P, N], tl.float32)
     if HAS_INITIAL:
         state += tl.load(initial + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
@@ -161,16 +181,12 @@ def state_gradients(
 ):  # fmt: skip
     """The gradient of the state after each chunk, and of the one before the first."""
     sequence, head = tl.program_id(0), tl.program_id(1)
-    tiles = tl.cdiv(state_size, N)
-    p = (tl.program_id(2) // tiles) * P + tl.arange(0, P)
-    n = (tl.program_id(2) % tiles) * N + tl.arange(0, N)
+    p, n, at, inside = state_tile(head_size, state_size, P, N)
     q = tl.arange(0, Q)
     row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
     dy += row * y_row + head * y_head
     C += row * c_row + (head // group_heads) * c_group
-    inside = (p < head_size)[:, None] & (n < state_size)[None, :]
     size = head_size.to(tl.int64) * state_size
-    at = p[:, None] * state_size + n[None, :]
     gradient = tl.zeros([P, N], tl.float32)
     if HAS_FINAL:
         gradient += tl.load(dfinal + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
@@ -203,9 +219,7 @@ def outputs(
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
-        q = tl.arange(0, Q)
-        t, here = first + q, first.to(tl.int64)
-        real = t < stop
+        q, t, here, real = tokens_of(first, stop, Q)
         p = tl.arange(0, P)
         in_head = p < head_size
         B += row * b_row + here * b_token + (head // group_heads) * b_group
@@ -229,8 +243,7 @@ def outputs(
         if HAS_D:
             sums += values.to(tl.float32) * tl.load(D + head)
         y += ((row * length + here) * heads + head) * head_size
-        at = (q * heads * head_size)[:, None] + p[None, :]
-        tl.store(y + at, sums.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
+        store_tile(y, q, heads * head_size, real, p, in_head, sums)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -250,9 +263,7 @@ def value_gradients(
         if HAS_D:
             tl.store(dD + mine, 0.0)
     else:
-        q = tl.arange(0, Q)
-        t, here = first + q, first.to(tl.int64)
-        real = t < stop
+        q, t, here, real = tokens_of(first, stop, Q)
         p = tl.arange(0, P)
         in_head = p < head_size
         B += row * b_row + here * b_token + (head // group_heads) * b_group
@@ -300,8 +311,7 @@ def value_gradients(
             dvalues += douts.to(tl.float32) * tl.load(D + head)
             tl.store(dD + mine, tl.sum(tl.sum(douts.to(tl.float32) * values.to(tl.float32), 1), 0))
         dx += ((row * length + here) * heads + head) * head_size
-        at = (q * heads * head_size)[:, None] + p[None, :]
-        tl.store(dx + at, dvalues.to(dx.dtype.element_ty), mask=real[:, None] & in_head[None, :])
+        store_tile(dx, q, heads * head_size, real, p, in_head, dvalues)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -321,9 +331,7 @@ def key_gradients(
     group, slot = program % groups, program // groups
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
-        q = tl.arange(0, Q)
-        t, here = first + q, first.to(tl.int64)
-        real = t < stop
+        q, t, here, real = tokens_of(first, stop, Q)
         p = tl.arange(0, P)
         n = tile * N + tl.arange(0, N)
         in_head, in_state = p < head_size, n < state_size
@@ -351,7 +359,5 @@ def key_gradients(
             values = (values.to(tl.float32) * (step * out)[:, None]).to(DOT)
             dkeys = tl.dot(values, gradient, acc=dkeys, input_precision=INPUT)
         base = (((block * batch + row) * length + here) * groups + group) * state_size
-        at = (q * groups * state_size)[:, None] + n[None, :]
-        mask = real[:, None] & in_state[None, :]
-        tl.store(dB + base + at, dkeys.to(dB.dtype.element_ty), mask=mask)
-        tl.store(dC + base + at, dqueries.to(dC.dtype.element_ty), mask=mask)
+        store_tile(dB + base, q, groups * state_size, real, n, in_state, dkeys)
+        store_tile(dC + base, q, groups * state_size, real, n, in_state, dqueries)
