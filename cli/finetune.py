@@ -74,6 +74,9 @@ def finetune(
     bare = models.skeleton(options)
     recipe = resolve(options, sources, models.facts(bare))
     settings = recipe.settings
+    if recipe.sources.get("cuda_graphs") == "the command line" and settings.cuda_graphs:
+        if problem := _no_graphs(process):
+            raise SettingsError(f"--cuda-graphs: {problem}. Leave it out.")
     tokenizer = models.load_tokenizer(settings)
     data = load_data(
         settings.dataset,
@@ -223,12 +226,19 @@ def _with_what_fits(
     return replace(settings, recompute=level)
 
 
+def _no_graphs(process: PartialState) -> str | None:
+    """Why there are no CUDA graphs where this runs, if so."""
+    if process.device.type != "cuda":
+        return f"this runs on {process.device.type}"
+    return f"they are for one device, and there are {process.num_processes}" if process.num_processes > 1 else None
+
+
 def _with_graphs(model: Any, settings: Settings, process: PartialState, console: Console) -> Settings:
     """Switch CUDA graphs on where they are wanted, and can be had."""
     if not settings.cuda_graphs or process.device.type != "cuda":
         return settings
-    if process.num_processes > 1:
-        console.print("--cuda-graphs: off, they are for one device.", highlight=False, soft_wrap=True)
+    if problem := _no_graphs(process):
+        console.print(f"--cuda-graphs: off, {problem}.", highlight=False, soft_wrap=True)
         return replace(settings, cuda_graphs=False)
     use_cuda_graphs(model)
     return settings

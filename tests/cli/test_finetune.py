@@ -280,6 +280,7 @@ def test_every_level_of_recomputation_learns_the_same(ft, tmp_path):
         (("--preset", "full", "--r", "4"), "would do nothing"),
         (("--device", "cuda"), "torch sees no CUDA device"),
         (("--eval-split", "nowhere"), "nowhere"),
+        (("--device", "cpu", "--cuda-graphs"), "--cuda-graphs: this runs on cpu"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(ft, tmp_path, arguments, said):
