@@ -12,18 +12,18 @@ tile's pointer to be a multiple of 16 bytes; hence `POINTERS`.
 """
 
 import inspect
-import os
 
 import torch
 import triton
 import triton.language as tl
 
+from .common import interpreted
 from .elementwise import LOG2E, halve, narrow, softplus_and_slope
 
 # Added to the exponent of a decay where a document starts: exp2 of it is 0.
 RESET = tl.constexpr(-1.0e30)
 # Whether kernels are compiled for NVIDIA's GPUs: not for AMD's, nor run by Triton's interpreter.
-BY_PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")
+BY_PTX = tl.constexpr(torch.version.hip is None and not interpreted())
 # Triton compiles a kernel anew where a number is 1, or it or a pointer is a multiple of 16. Nothing here gains by that:
 # pointers to tiles must not be known as aligned (see above), of the others only those to B and C matter, and lengths
 # that differ from batch to batch would each cost seconds.

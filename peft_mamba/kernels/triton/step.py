@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .common import Tensor, row_strides
+from .elementwise import sigmoid, softplus_and_slope
 
 # Values of a state that a program takes.
 SCAN_VALUES, SSD_VALUES = 1024, 4096
@@ -35,7 +36,7 @@ def _selective_step(
     raw = tl.load(delta + row * delta_row + d, mask=in_width, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(delta_bias + d, mask=in_width, other=0.0).to(tl.float32)
-    step = tl.where(raw > 20.0, raw, _log1p_exp(raw))
+    step, _ = softplus_and_slope(raw)
     if HAS_LENGTHS:
         step = tl.where(tl.load(lengths + row) > 0, step, 0.0)
     key = tl.load(B + row * b_row + n, mask=in_state, other=0.0).to(tl.float32)
@@ -51,17 +52,8 @@ def _selective_step(
         out += value * tl.load(D + d, mask=in_width, other=0.0).to(tl.float32)
     if HAS_Z:
         gate = tl.load(z + row * z_row + d, mask=in_width, other=0.0).to(tl.float32)
-        out *= gate * tl.sigmoid(gate)
+        out *= gate * sigmoid(gate)
     tl.store(y + row * channels + d, out.to(y.dtype.element_ty), mask=in_width)
-
-
-@triton.jit
-def _log1p_exp(x):
-    """log(1 + exp(x)) for x up to 20, to float32's precision also where exp(x) is small beside 1."""
-    e = tl.exp(x)
-    rounded = 1.0 + e
-    # log(rounded) of the rounded sum, made good for the rounding: Kahan's log1p.
-    return tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
 
 
 @triton.jit
