@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
-Tensor = torch.Tensor
+from .triton.common import Tensor, row_strides
 
 # Rows that a program of the backward goes through where it sums the weight's gradient, which leaves one partial sum a
 # program; else each has one.
@@ -108,13 +106,7 @@ def _backward_kernel(
 
 def _rows(x: Tensor) -> Tensor:
     """(rows, D) with contiguous channels, without a copy where that is possible."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return row_strides(x.reshape(-1, x.shape[-1]))
 
 
 def _launch(group_size: int) -> dict[str, int]:
@@ -133,7 +125,7 @@ def forward(
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
     if not len(rows):
         return y, rstd
-    with _on(x.device):
+    with torch.cuda.device_of(x):
         _forward_kernel[(len(rows), groups)](
             rows,
             weight,
@@ -171,7 +163,7 @@ def backward(
     each = ROWS_PER_PROGRAM if for_weight else 1
     programs = triton.cdiv(len(rows), each)
     partial = torch.zeros(max(programs, 1) if for_weight else 0, x.shape[-1], dtype=torch.float32, device=x.device)
-    with _on(x.device):
+    with torch.cuda.device_of(x):
         _backward_kernel[(max(programs, 1), groups)](
             d_rows,
             rows,

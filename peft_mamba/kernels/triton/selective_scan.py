@@ -6,7 +6,6 @@ share of the gradients of A, B, C, D and delta_bias is summed up.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -214,11 +213,6 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 class _Scan(NamedTuple):
     """A forward's results, and what its backward reads."""
 
@@ -254,7 +248,7 @@ def _forward(
     h0 = None if initial_state is None else layout.to_tiles(initial_state)
     last = layout.new_tiles(u, layout.sequences * layout.segments) if want_final else None
     elapsed = None
-    with _on(u.device):
+    with torch.cuda.device_of(u):
         if layout.segments > 1:
             h0, elapsed = _starts(layout, given, h0)
         _launch(
@@ -316,7 +310,7 @@ class _SelectiveScan(torch.autograd.Function):
             "dD": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_D else None,
             "dbias": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_bias else None,
         }
-        with _on(u.device):
+        with torch.cuda.device_of(u):
             if layout.segments > 1:
                 dlast = _starts_backward(layout, given, dy, elapsed, dlast)
             at_once = max(1, BACKWARD_PROGRAMS // max(1, layout.blocks * layout.segments))
