@@ -16,6 +16,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Whether kernels are compiled for NVIDIA's GPUs: not for AMD's, nor run by Triton's interpreter.
+BY_PTX = tl.constexpr(torch.version.hip is None and not interpreted())
+
+
 def row_strides(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, as a slice of a projection's output is; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

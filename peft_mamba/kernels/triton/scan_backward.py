@@ -11,21 +11,33 @@ from .elementwise import LN2, sigmoid
 from .scan_tiles import (
     advance,
     channels_of,
+    decay_rates,
+    exchange,
     first_checkpoint,
+    keep,
+    keep_shared,
     kernel,
     load,
-    load_states,
-    over_states,
+    load_kept,
+    load_shared,
+    load_tiles,
+    no_state,
+    own,
     penalty,
     place,
     prefetch,
     program_of,
     row_sectors,
-    spread,
+    scratch_offsets,
+    shared_memory,
     state_pairs,
     state_sectors,
+    state_tiles,
+    states_at,
     step_size,
     store_sums,
+    store_tiles,
+    sums_at,
 )
 
 
@@ -35,10 +47,11 @@ def scan_backward(
     du, ddelta, dz, dBC, dA, dD, dbias, dh0,
     stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz,
     length, channels, blocks, offset, segments, split, waves, programs,
-    N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
+    STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_DLAST: tl.constexpr, GRAD_A: tl.constexpr,
-    GRAD_D: tl.constexpr, GRAD_BIAS: tl.constexpr, GRAD_H0: tl.constexpr, MASK_D: tl.constexpr,
+    GRAD_D: tl.constexpr, GRAD_BIAS: tl.constexpr, GRAD_H0: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a segment. Of dB and dC each program writes its 32 channels' share: dBC (T, programs, 2·N)."""
     if place(waves) >= programs:
@@ -47,34 +60,47 @@ def scan_backward(
         cu_seqlens, length, blocks, offset, segments, split, waves, VARLEN
     )
     lane = tl.arange(0, 32)
-    d, d_ok, tile, a, bias_d, limit = channels_of(
-        A, bias, lengths, block, sequence, segment, split, channels, N, HAS_BIAS, HAS_LENGTHS, MASK_D
+    d, d_ok, bias_d, limit = channels_of(
+        bias, lengths, block, sequence, segment, split, channels, HAS_BIAS, HAS_LENGTHS, MASK_D
     )
+    tiles, inside = state_tiles(block, channels, STATES, N)
+    a = decay_rates(A, tiles, inside, N, MASKED)
     skip = 0.0
     if HAS_D:
         skip = load(D + d, d_ok, MASK_D)
-    slot = ((sequence * segments + segment) * blocks + block) * (N * 32)
+    size = channels.to(tl.int64) * STATES
+    slot = (sequence * segments + segment) * size
     program = place(waves).to(tl.int64)  # in this launch, whose sums and scratch memory are its own
-    dh = tl.zeros([N // 4, 4, 32], tl.float32)
+    dh = no_state(N)
     if HAS_DLAST:
-        dh += tl.load(dlast + slot + tile)
-    sum_A = tl.zeros([N // 4, 4, 32], tl.float32)
+        dh = load_tiles(dlast + slot, tiles, inside, MASKED)
+    sum_A = no_state(N)
     sum_D = tl.zeros([32], tl.float32)
     sum_bias = tl.zeros([32], tl.float32)
     checkpoint = first_checkpoint(sequence, segment, first, length, split, CK, VARLEN)
     row = first + segment * split
-    # The state before each group of K tokens, and behind those before each token that is left over.
-    kept = scratch + program * ((CK // K + K - 1) * N * 32) + tile
+    tl.static_assert(K == 2, "of a chunk, one token may be left over")
+    # The state before each group of K tokens.
+    rates = 0
+    if SHARED:
+        kept = shared_memory()
+        rates = kept + CK // K * (N * 128)
+        keep_shared(rates, a, N)
+    else:
+        kept = scratch + program * (CK // K * N * 32) + scratch_offsets(N)
     rows, distance = row_sectors(
         u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, True, HAS_Z, MASK_D
     )
-    states = state_sectors(B, C, K, N)
-    kept_sectors = scratch.to(tl.int64) + (program * ((CK // K + K - 1) * N * 32) + lane * (N // 4 * 4)) * 4
     chunks = tl.cdiv(tokens, CK)
     for back in range(0, chunks):
         chunk = chunks - 1 - back
         begin = chunk * CK
         here = row + begin
+        steps = tl.minimum(CK, tokens - begin)
+        whole = steps // K * K
+        resets_c = resets + here
+        B_c = B + here * N
+        C_c = C + here * N
         u_c = u + here * stride_u
         delta_c = delta + here * stride_delta
         z_c = z + here * stride_z
@@ -82,92 +108,71 @@ def scan_backward(
         du_c = du + here * stride_du
         ddelta_c = ddelta + here * stride_ddelta
         dz_c = dz + here * stride_dz
-        B_c = B + here * N
-        C_c = C + here * N
-        resets_c = resets + here
         dBC_c = dBC + (here * blocks + block) * (2 * N)
-        steps = tl.minimum(CK, tokens - begin)
-        whole = steps // K * K
-        h = tl.load(checkpoints + ((checkpoint + chunk) * blocks + block) * (N * 32) + tile)
+        h = load_kept(checkpoints + ((checkpoint + chunk) * blocks + block) * (N * 32) + scratch_offsets(N), N)
         some = d_ok & (whole > 0)
+        if SHARED and GRAD_A:
+            a = load_shared(rates, 0, N), load_shared(rates, 1, N), load_shared(rates, 2, N), load_shared(rates, 3, N)
         xs, raws = _pairs(u_c, delta_c, stride_u, stride_delta, d, some, K, True)
-        bs, cs = state_pairs(B_c, C_c, whole > 0, K, N, True)
+        bs, cs = state_pairs(B_c + states_at(N), C_c + states_at(N), whole > 0, K, N, True)
         for t in range(0, whole, K):
-            tl.store(kept + t // K * (N * 32), h)
+            if SHARED:
+                keep_shared(kept + t // K * (N * 128), h, N)
+            else:
+                keep(kept + t // K * (N * 32), h, N)
             ahead = tl.minimum(t + K, whole - K)
             next_xs, next_raws = _pairs(
                 u_c + ahead * stride_u, delta_c + ahead * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D
             )
-            next_bs, next_cs = state_pairs(B_c + ahead * N, C_c, True, K, N, False)
+            next_bs, next_cs = state_pairs(
+                B_c + ahead * N + states_at(N), C_c + ahead * N + states_at(N), True, K, N, False
+            )
             for k in tl.static_range(K):
                 dd, slope = step_size(raws[k].to(tl.float32) + bias_d, begin + t + k, limit, HAS_LENGTHS)
-                h = advance(h, dd, xs[k].to(tl.float32), bs[k], a, penalty(resets_c, t + k, HAS_RESETS))
+                h = advance(h, dd, xs[k].to(tl.float32), bs[k], a, penalty(resets_c, t + k, HAS_RESETS), N)
             xs, raws, bs = next_xs, next_raws, next_bs
-        for t in range(whole, steps):
-            tl.store(kept + (whole // K + t - whole) * (N * 32), h)
-            x = load(u_c + t * stride_u + d, d_ok, MASK_D).to(tl.float32)
-            raw = load(delta_c + t * stride_delta + d, d_ok, MASK_D).to(tl.float32)
-            dd, slope = step_size(raw + bias_d, begin + t, limit, HAS_LENGTHS)
-            h = advance(h, dd, x, load_states(B_c + t * N, N), a, penalty(resets_c, t, HAS_RESETS))
-        # The same threads read what they wrote; the barrier keeps this true for any layout that Triton may choose.
-        tl.debug_barrier()
-        for i in range(0, steps - whole):
-            t = steps - 1 - i
-            h = tl.load(kept + (whole // K + t - whole) * (N * 32))
-            x = load(u_c + t * stride_u + d, d_ok, MASK_D).to(tl.float32)
-            raw = load(delta_c + t * stride_delta + d, d_ok, MASK_D).to(tl.float32)
-            g = load(dy_c + t * stride_dy + d, d_ok, MASK_D).to(tl.float32)
-            gate = g
-            if HAS_Z:
-                gate = load(z_c + t * stride_z + d, d_ok, MASK_D).to(tl.float32)
-            dd, slope = step_size(raw + bias_d, begin + t, limit, HAS_LENGTHS)
-            dh, sum_A, d_raw, d_skip = _step_back(
-                h, dh, sum_A, a, skip, x, dd, slope, g, gate, load_states(B_c + t * N, N), load_states(C_c + t * N, N),
-                t, d, d_ok, resets_c, du_c, ddelta_c,
-                dz_c, dBC_c, stride_du, stride_ddelta, stride_dz, blocks, N, HAS_Z, HAS_RESETS, GRAD_A,
+        if not SHARED:  # there each lane reads what it wrote itself
+            tl.debug_barrier()
+        if whole < steps:  # one token, and h is the state before it
+            dh, sum_A, d_raw, d_skip = _group_back(
+                h, dh, sum_A, a, rates, skip, kept, u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
+                stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
+                whole, begin, limit, bias_d, resets_c, d, d_ok,
+                N, 1, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, False,
             )  # fmt: skip
             sum_bias += d_raw
             sum_D += d_skip
+        sectors = rows + here * distance
+        states = state_sectors(B + here * N, C + here * N, K, N)
         for i in range(0, whole, K):
             t = whole - K - i
             # The group before this one, which is next: see `prefetch`.
             ahead = tl.maximum(t - K, 0)
-            prefetch(rows + (here + ahead) * distance)
-            prefetch(states + (here + ahead) * (N * 4))
-            prefetch(kept_sectors + ahead // K * (N * 32 * 4))
-            h = tl.load(kept + t // K * (N * 32))
-            xs, raws = _pairs(
-                u_c + t * stride_u, delta_c + t * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D
-            )
-            gs, gates = _pairs(dy_c + t * stride_dy, z_c + t * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D)
-            bs, cs = state_pairs(B_c + t * N, C_c + t * N, True, K, N, False)
-            before, dds, slopes = (h,), (), ()
-            for k in tl.static_range(K):
-                dd, slope = step_size(raws[k].to(tl.float32) + bias_d, begin + t + k, limit, HAS_LENGTHS)
-                dds = dds + (dd,)
-                slopes = slopes + (slope,)
-                if k < K - 1:
-                    h = advance(h, dd, xs[k].to(tl.float32), bs[k], a, penalty(resets_c, t + k, HAS_RESETS))
-                    before = before + (h,)
-            for j in tl.static_range(K):
-                dh, sum_A, d_raw, d_skip = _step_back(
-                    before[K - 1 - j], dh, sum_A, a, skip, xs[K - 1 - j].to(tl.float32), dds[K - 1 - j],
-                    slopes[K - 1 - j],
-                    gs[K - 1 - j].to(tl.float32), gates[K - 1 - j].to(tl.float32), bs[K - 1 - j], cs[K - 1 - j],
-                    t + K - 1 - j, d, d_ok, resets_c, du_c, ddelta_c, dz_c, dBC_c,
-                    stride_du, stride_ddelta, stride_dz, blocks, N, HAS_Z, HAS_RESETS, GRAD_A,
-                )  # fmt: skip
-                sum_bias += d_raw
-                sum_D += d_skip
-        tl.debug_barrier()
+            prefetch(sectors + ahead * distance)
+            prefetch(states + ahead * (N * 4))
+            if SHARED:
+                place_kept = kept + t // K * (N * 128)
+            else:
+                place_kept = kept
+                h = load_kept(kept + t // K * (N * 32), N)
+            dh, sum_A, d_raw, d_skip = _group_back(
+                h, dh, sum_A, a, rates, skip, place_kept, u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
+                stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
+                t, begin, limit, bias_d, resets_c, d, d_ok,
+                N, K, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, SHARED,
+            )  # fmt: skip
+            sum_bias += d_raw
+            sum_D += d_skip
+        if not SHARED:
+            tl.debug_barrier()
     if GRAD_A:
-        tl.store(dA + program * (N * 32) + tile, sum_A)
+        store_tiles(dA + program // blocks * size, tiles, inside, sum_A, MASKED)
     if GRAD_D:
         tl.store(dD + program * 32 + lane, sum_D)
     if GRAD_BIAS:
         tl.store(dbias + program * 32 + lane, sum_bias)
     if GRAD_H0:
-        tl.store(dh0 + slot + tile, dh)
+        store_tiles(dh0 + slot, tiles, inside, dh, MASKED)
 
 
 @triton.jit
@@ -181,34 +186,96 @@ def _pairs(first, second, stride_first, stride_second, d, d_ok, K: tl.constexpr,
 
 
 @triton.jit
-def _step_back(
-    h, dh, sum_A, a, skip, x, dd, slope, g, gate, b, c, t, d, d_ok, resets, du, ddelta, dz, dBC,
-    stride_du, stride_ddelta, stride_dz, blocks,
-    N: tl.constexpr, HAS_Z: tl.constexpr, HAS_RESETS: tl.constexpr, GRAD_A: tl.constexpr,
+def _group_back(
+    h, dh, sum_A, a, rates, skip, kept, u, delta, B, C, z, dy, du, ddelta, dz, shares,
+    stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
+    row, begin, limit, bias, resets, d, d_ok,
+    N: tl.constexpr, K: tl.constexpr, HAS_Z: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    GRAD_A: tl.constexpr, MASK_D: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one token from the state h before it and dh, the gradient of the state after it.
+    """Gradients of K tokens from the state before them, h or what is `kept`, and dh, the gradient of the state after.
 
-    Returns the gradient of the state before it, the sum for A, and the gradients of delta + bias and of D.
+    Returns the gradient of the state before them, the sum for A, and what they add to those of the bias and of D.
     """
-    w = spread(dd * x)
-    spread_dd = spread(dd)
-    decay = tl.exp2(spread_dd * a + penalty(resets, t, HAS_RESETS))
-    carried = decay * h
-    after = carried + w * b
-    if HAS_Z:
-        s = sigmoid(gate)
-        y = over_states(after * c) + skip * x
-        d_gate = g * y * s * (1.0 + gate * (1.0 - s))
-        tl.store(dz + t * stride_dz + d, d_gate.to(dz.dtype.element_ty), mask=d_ok)
-        g *= gate * s
-    spread_g = spread(g)
-    dh += spread_g * c
-    store_sums(dBC + t * blocks * (2 * N), dh * w, after * spread_g, N)
-    d_exponent = dh * carried
-    if GRAD_A:
-        sum_A += d_exponent * spread_dd
-    from_input = over_states(dh * b)
-    d_raw = (over_states(d_exponent * a) * LN2 + from_input * x) * slope
-    tl.store(ddelta + t * stride_ddelta + d, d_raw.to(ddelta.dtype.element_ty), mask=d_ok)
-    tl.store(du + t * stride_du + d, (from_input * dd + skip * g).to(du.dtype.element_ty), mask=d_ok)
-    return dh * decay, sum_A, d_raw, g * x
+    xs, raws = _pairs(u + row * stride_u, delta + row * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D)
+    gs, gates = _pairs(dy + row * stride_dy, z + row * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D)
+    bs, cs = state_pairs(B + row * N + states_at(N), C + row * N + states_at(N), True, K, N, False)
+    steps, slopes, inputs, outs, for_gates, penalties = (), (), (), (), (), ()
+    # Of each token: sums over a lane's states of four quantities, of the tiles so far, and over its channels of two.
+    ys, from_inputs, from_decays, for_B, for_C = (), (), (), (), ()
+    nothing = tl.zeros([32], tl.float32)
+    for k in tl.static_range(K):
+        step, slope = step_size(raws[k].to(tl.float32) + bias, begin + row + k, limit, HAS_LENGTHS)
+        out = gs[k].to(tl.float32)
+        if HAS_Z:
+            gate = gates[k].to(tl.float32)
+            s = sigmoid(gate)
+            for_gates = for_gates + (out * s * (1.0 + gate * (1.0 - s)),)
+            out *= gate * s
+        steps = steps + (step,)
+        slopes = slopes + (slope,)
+        inputs = inputs + (step * xs[k].to(tl.float32),)
+        outs = outs + (out,)
+        penalties = penalties + (penalty(resets, row + k, HAS_RESETS),)
+        ys = ys + (nothing,)
+        from_inputs = from_inputs + (nothing,)
+        from_decays = from_decays + (nothing,)
+        for_B = for_B + (tl.zeros([N // 4, 32], tl.float32),)
+        for_C = for_C + (tl.zeros([N // 4, 32], tl.float32),)
+    # A tile at a time, through all of the tokens and back: what is in between takes a quarter of the registers. From
+    # the last tile to the first, so that sums go on to the lane whose tile is next: 3 to 2, 2 to 1, 1 to 0.
+    before, sums = (), ()
+    for n in tl.static_range(4):
+        state = load_shared(kept, 3 - n, N) if SHARED else h[3 - n]
+        rate = load_shared(rates, 3 - n, N) if SHARED and GRAD_A else a[3 - n]
+        decays, carried, states, inputs_n = (), (), (), ()
+        sum_n = sum_A[3 - n]
+        for k in tl.static_range(K):
+            decays = decays + (tl.exp2(own(steps[k], 3 - n, N) * rate + penalties[k]),)
+            carried = carried + (decays[k] * state,)
+            inputs_n = inputs_n + (own(inputs[k], 3 - n, N),)
+            state = carried[k] + inputs_n[k] * bs[k]
+            states = states + (state,)
+        gradient = dh[3 - n]
+        new_ys, new_inputs, new_decays, new_B, new_C = (), (), (), (), ()
+        for j in tl.static_range(K):
+            out = own(outs[K - 1 - j], 3 - n, N)
+            gradient += out * cs[K - 1 - j]
+            d_exponent = gradient * carried[K - 1 - j]
+            new_B = (for_B[K - 1 - j] + gradient * inputs_n[K - 1 - j],) + new_B
+            new_C = (for_C[K - 1 - j] + states[K - 1 - j] * out,) + new_C
+            new_inputs = (_pass_on(from_inputs[K - 1 - j], gradient * bs[K - 1 - j], n, N),) + new_inputs
+            new_decays = (_pass_on(from_decays[K - 1 - j], d_exponent * rate, n, N),) + new_decays
+            if HAS_Z:
+                new_ys = (_pass_on(ys[K - 1 - j], states[K - 1 - j] * cs[K - 1 - j], n, N),) + new_ys
+            if GRAD_A:
+                sum_n += d_exponent * own(steps[K - 1 - j], 3 - n, N)
+            gradient *= decays[K - 1 - j]
+        before = (gradient,) + before
+        sums = (sum_n,) + sums
+        ys, from_inputs, from_decays, for_B, for_C = new_ys, new_inputs, new_decays, new_B, new_C
+    sum_bias, sum_D = nothing, nothing
+    for k in tl.static_range(K):
+        x, out = xs[k].to(tl.float32), outs[k]
+        if HAS_Z:
+            d_gate = for_gates[k] * (ys[k] + skip * x)
+            tl.store(dz + (row + k) * stride_dz + d, d_gate.to(dz.dtype.element_ty), mask=d_ok)
+        store_sums(shares + (row + k) * blocks * (2 * N) + sums_at(N), for_B[k], for_C[k], N)
+        d_raw = (from_decays[k] * LN2 + from_inputs[k] * x) * slopes[k]
+        d_u = from_inputs[k] * steps[k] + skip * out
+        tl.store(ddelta + (row + k) * stride_ddelta + d, d_raw.to(ddelta.dtype.element_ty), mask=d_ok)
+        tl.store(du + (row + k) * stride_du + d, d_u.to(du.dtype.element_ty), mask=d_ok)
+        sum_bias += d_raw
+        sum_D += out * x
+    return before, sums, sum_bias, sum_D
+
+
+@triton.jit
+def _pass_on(sums, tile, n: tl.constexpr, N: tl.constexpr):
+    """Add a tile's sums over its states to those of the tiles before it, which come from the lane that had them."""
+    here = tl.sum(tile, 0)
+    if n == 0:
+        return here
+    else:
+        # From tile 4 - n of the lane l ^ (4 - n) to tile 3 - n of the lane l ^ (3 - n), for the same channel.
+        return here + exchange(sums, (4 - n) ^ (3 - n), N)

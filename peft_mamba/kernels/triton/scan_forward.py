@@ -7,20 +7,27 @@ from .elementwise import sigmoid
 from .scan_tiles import (
     advance,
     channels_of,
+    decay_rates,
     fetch,
     first_checkpoint,
+    keep,
     kernel,
     load,
-    load_states,
+    load_tiles,
+    no_state,
     over_states,
     penalty,
     place,
     prefetch,
     program_of,
     row_sectors,
+    scratch_offsets,
     state_pairs,
     state_sectors,
+    state_tiles,
+    states_at,
     step_size,
+    store_tiles,
     values,
 )
 
@@ -29,10 +36,10 @@ from .scan_tiles import (
 def scan_forward(
     u, delta, A, B, C, D, z, bias, resets, lengths, cu_seqlens, h0, y, checkpoints, last,
     stride_u, stride_delta, stride_z, length, channels, blocks, offset, segments, split, waves, programs,
-    N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
+    STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr, LAST: tl.constexpr,
-    MASK_D: tl.constexpr, AHEAD: tl.constexpr,
+    MASK_D: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y of a segment from its initial state; on request its last state, and the checkpoints for backward."""
     if place(waves) >= programs:
@@ -40,16 +47,18 @@ def scan_forward(
     block, sequence, segment, first, tokens = program_of(
         cu_seqlens, length, blocks, offset, segments, split, waves, VARLEN
     )
-    d, d_ok, tile, a, bias_d, limit = channels_of(
-        A, bias, lengths, block, sequence, segment, split, channels, N, HAS_BIAS, HAS_LENGTHS, MASK_D
+    d, d_ok, bias_d, limit = channels_of(
+        bias, lengths, block, sequence, segment, split, channels, HAS_BIAS, HAS_LENGTHS, MASK_D
     )
+    tiles, inside = state_tiles(block, channels, STATES, N)
+    a = decay_rates(A, tiles, inside, N, MASKED)
     skip = 0.0
     if HAS_D:
         skip = load(D + d, d_ok, MASK_D)
-    slot = ((sequence * segments + segment) * blocks + block) * (N * 32)
-    h = tl.zeros([N // 4, 4, 32], tl.float32)
+    slot = (sequence * segments + segment) * channels * STATES
+    h = no_state(N)
     if HAS_H0:
-        h += tl.load(h0 + slot + tile)
+        h = load_tiles(h0 + slot, tiles, inside, MASKED)
     checkpoint = first_checkpoint(sequence, segment, first, length, split, CK, VARLEN)
     row = first + segment * split
     u += row * stride_u
@@ -59,6 +68,7 @@ def scan_forward(
     B += row * N
     C += row * N
     resets += row
+    checkpoints += (checkpoint * blocks + block) * (N * 32)
     whole = tokens // K * K
     # With few warps a multiprocessor, AHEAD: u, delta and z are loaded two groups ahead, B and C one, which takes 170
     # registers. With many, at their use: by then they are in the L1 cache, and other warps bridge the way from there.
@@ -66,10 +76,11 @@ def scan_forward(
         u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, channels, K, False, HAS_Z, MASK_D
     )
     states = state_sectors(B, C, K, N)
+    B_t, C_t = B + states_at(N), C + states_at(N)
     if AHEAD:
         some = d_ok & (whole > 0)
         xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, some, K, HAS_Z, True, True)
-        bs, cs = state_pairs(B, C, whole > 0, K, N, True)
+        bs, cs = state_pairs(B_t, C_t, whole > 0, K, N, True)
         xs, raws, gates = values(xs, u, K), values(raws, delta, K), values(gates, z, K)
         second = tl.where(whole > K, K, 0).to(tl.int64)
         next_xs, next_raws, next_gates = _rows(
@@ -81,15 +92,15 @@ def scan_forward(
         prefetch(states + ahead * (N * 4))
         if SAVE:
             if t % CK == 0:
-                tl.store(checkpoints + ((checkpoint + t // CK) * blocks + block) * (N * 32) + tile, h)
+                keep(checkpoints + t // CK * blocks.to(tl.int64) * (N * 32) + scratch_offsets(N), h, N)
         if not AHEAD:
             prefetch(rows + ahead * distance)
             xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, K, HAS_Z, MASK_D, False)
-            bs, cs = state_pairs(B, C, True, K, N, False)
+            bs, cs = state_pairs(B_t, C_t, True, K, N, False)
         for k in tl.static_range(K):
             h, out = _step(
                 h, xs[k], raws[k] + bias_d, gates[k], bs[k], cs[k], a, skip, t + k, limit, resets,
-                HAS_Z, HAS_RESETS, HAS_LENGTHS,
+                N, HAS_Z, HAS_RESETS, HAS_LENGTHS,
             )  # fmt: skip
             tl.store(y + k * channels + d, out.to(y.dtype.element_ty), mask=d_ok)
         y += K * channels
@@ -100,37 +111,37 @@ def scan_forward(
                 u + after * stride_u, delta + after * stride_delta, z + after * stride_z, stride_u, stride_delta,
                 stride_z, d, d_ok, K, HAS_Z, MASK_D, True,
             )  # fmt: skip
-            bs, cs = state_pairs(B + ahead * N, C + ahead * N, True, K, N, False)
+            bs, cs = state_pairs(B_t + ahead * N, C_t + ahead * N, True, K, N, False)
         else:
             u += K * stride_u
             delta += K * stride_delta
             z += K * stride_z
-            B += K * N
-            C += K * N
+            B_t += K * N
+            C_t += K * N
     if AHEAD:
         u += whole.to(tl.int64) * stride_u
         delta += whole.to(tl.int64) * stride_delta
         z += whole.to(tl.int64) * stride_z
-        B += whole.to(tl.int64) * N
-        C += whole.to(tl.int64) * N
+        B_t += whole.to(tl.int64) * N
+        C_t += whole.to(tl.int64) * N
     for t in range(whole, tokens):
         if SAVE:
             if t % CK == 0:
-                tl.store(checkpoints + ((checkpoint + t // CK) * blocks + block) * (N * 32) + tile, h)
+                keep(checkpoints + t // CK * blocks.to(tl.int64) * (N * 32) + scratch_offsets(N), h, N)
         x, raw, gate = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, 1, HAS_Z, MASK_D, False)
         h, out = _step(
-            h, x[0], raw[0] + bias_d, gate[0], load_states(B, N), load_states(C, N), a, skip, t, limit, resets,
-            HAS_Z, HAS_RESETS, HAS_LENGTHS,
+            h, x[0], raw[0] + bias_d, gate[0], tl.load(B_t), tl.load(C_t), a, skip, t, limit, resets,
+            N, HAS_Z, HAS_RESETS, HAS_LENGTHS,
         )  # fmt: skip
         tl.store(y + d, out.to(y.dtype.element_ty), mask=d_ok)
         u += stride_u
         delta += stride_delta
         z += stride_z
         y += channels
-        B += N
-        C += N
+        B_t += N
+        C_t += N
     if LAST:
-        tl.store(last + slot + tile, h)
+        store_tiles(last + slot, tiles, inside, h, MASKED)
 
 
 @triton.jit
@@ -161,12 +172,12 @@ def _one(pointer, mask, MASKED: tl.constexpr, EARLY: tl.constexpr):
 @triton.jit
 def _step(
     h, x, raw, gate, b, c, a, skip, t, limit, resets,
-    HAS_Z: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    N: tl.constexpr, HAS_Z: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """(state after token t, its output)."""
     dd, slope = step_size(raw, t, limit, HAS_LENGTHS)
-    h = advance(h, dd, x, b, a, penalty(resets, t, HAS_RESETS))
-    out = over_states(h * c) + skip * x
+    h = advance(h, dd, x, b, a, penalty(resets, t, HAS_RESETS), N)
+    out = over_states((h[0] * c, h[1] * c, h[2] * c, h[3] * c), N) + skip * x
     if HAS_Z:
         out *= gate * sigmoid(gate)
     return h, out

@@ -1,7 +1,7 @@
 """Mamba-1's selective scan in Triton, with the gradients of everything and no atomics: a result is always the same.
 
-Around the kernels, A and states go to and from their tiles, B and C (which are small) to float32, and each program's
-share of the gradients of A, B, C, D and delta_bias is summed up.
+Around the kernels, B and C (which are small) go to float32, and each program's share of the gradients of A, B, C, D and
+delta_bias is summed up.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ...frozen import from_weights
 from .. import chunked
 from ..reference import Tensor, check_packed, first_of_document
+from .common import BY_PTX
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
+from .scan_tiles import SHARED_BYTES
 from .step import is_step, selective_step
 
 # Channels of a program: the lanes of its one warp.
@@ -29,12 +30,17 @@ FORWARD_GROUP, BACKWARD_GROUP = 4, 2
 # Registers a thread of backward, with which three warps share a quarter of a multiprocessor: left alone, it takes more.
 BACKWARD_REGISTERS = 168
 # Tokens from one checkpoint of the state to the next.
-CHECKPOINT = 32
+CHECKPOINT = 16
+# Of shared memory, CUDA takes so much of each program for itself.
+RESERVED_BYTES = 1024
+# Backward keeps the states between two checkpoints, one a group, in shared memory if that has room for so many programs
+# a multiprocessor, else in global memory.
+SHARED_PROGRAMS = 8
 # Arguments that are rows of channels, with a stride.
 ROWS = {"u", "delta", "z", "dy", "du", "ddelta", "dz"}
 # What a kernel is told of the arguments that may be absent.
 FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets", "HAS_LENGTHS": "lengths"}
-# Programs of one launch of backward, which bounds its scratch memory (about 34 KiB each).
+# Programs of one launch of backward at up to 16 states, at more fewer, which bounds its scratch memory (16 KiB each).
 BACKWARD_PROGRAMS = 2**14
 # Programs a multiprocessor up to which forward loads ahead: at the registers which that takes, so many run at once.
 FEW_PROGRAMS = 12
@@ -161,43 +167,46 @@ class _Layout:
             "offset": 0,
             "segments": self.segments,
             "split": self.split,
+            "STATES": self.states,
             "N": self.N,
             "VARLEN": self.varlen,
             "MASK_D": self.channels % LANES != 0,
+            "MASKED": self.channels % LANES != 0 or self.states != self.N,
             "num_warps": 1,
         }
 
-    def to_tiles(self, x: Tensor) -> Tensor:
-        """(…, D, N) to (…, blocks, R, 4, 32) float32, zeros where tiles reach beyond D or N."""
-        x = _pad(x.float(), self.N - self.states, self.blocks * LANES - self.channels)
-        x = x.unflatten(-1, (4, self.N // 4)).unflatten(-3, (self.blocks, 8, 4))  # blocks, 8, 4 | 4, R
-        return x.movedim((-1, -3), (-4, -3)).flatten(-2).contiguous()
+    def new_states(self, like: Tensor, count: int) -> Tensor:
+        return like.new_empty((count, self.channels, self.states), dtype=torch.float32)
 
-    def from_tiles(self, x: Tensor) -> Tensor:
-        """The inverse of `to_tiles`."""
-        x = x.unflatten(-1, (8, 4)).movedim((-4, -3), (-1, -3))
-        return x.flatten(-2).flatten(-4, -2)[..., : self.channels, : self.states].contiguous()
-
-    def new_tiles(self, like: Tensor, count: int) -> Tensor:
-        return like.new_empty((count, self.blocks, self.N // 4, 4, LANES), dtype=torch.float32)
+    def new_scratch(self, like: Tensor, count: int) -> Tensor:
+        """States as the kernels keep them for each other."""
+        return like.new_empty((count, self.blocks, self.N * LANES), dtype=torch.float32)
 
     def per_token(self, x: Tensor) -> Tensor:
         """B or C to float32, contiguous, with zeros for states that only the tiles have."""
-        return _pad(x.float(), self.N - self.states).contiguous()
+        return (F.pad(x.float(), (0, self.N - self.states)) if self.states != self.N else x.float()).contiguous()
 
 
 def _ceil_div(x: int, y: int) -> int:
     return -(-x // y)  # triton.cdiv takes microseconds on the host
 
 
-def _pad(x: Tensor, *behind: int) -> Tensor:
-    """x with zeros behind its last dimensions, the last one first."""
-    return F.pad(x, [n for count in behind for n in (0, count)]) if any(behind) else x
-
-
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _in_shared_memory(N: int, device: torch.device) -> bool:
+    """Whether backward keeps its states there: as many as `shared_memory` has room for, on GPUs that have enough."""
+    if not BY_PTX.value or (CHECKPOINT // BACKWARD_GROUP + 1) * N * LANES * 4 > SHARED_BYTES:
+        return False
+    return _shared_memory(device) // (SHARED_BYTES + RESERVED_BYTES) >= SHARED_PROGRAMS
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes a multiprocessor."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -229,11 +238,10 @@ def _forward(
 ) -> _Scan:
     layout = _Layout.of(u, A.shape[1], cu_seqlens)
     u, delta, z = _rows(u), _rows(delta), _rows(z)
-    tiles = from_weights(("tiles", layout.N, layout.blocks), layout.to_tiles, A)
     given = {
         "u": u,
         "delta": delta,
-        "A": tiles,
+        "A": A.float().contiguous(),
         "B": layout.per_token(B),
         "C": layout.per_token(C),
         "D": None if D is None else D.float(),
@@ -244,9 +252,9 @@ def _forward(
         "cu_seqlens": cu_seqlens,
     }
     y = u.new_empty(u.shape)
-    checkpoints = layout.new_tiles(u, layout.checkpoints) if save else None
-    h0 = None if initial_state is None else layout.to_tiles(initial_state)
-    last = layout.new_tiles(u, layout.sequences * layout.segments) if want_final else None
+    checkpoints = layout.new_scratch(u, layout.checkpoints) if save else None
+    h0 = None if initial_state is None else initial_state.float().contiguous()
+    last = layout.new_states(u, layout.sequences * layout.segments) if want_final else None
     elapsed = None
     with torch.cuda.device_of(u):
         if layout.segments > 1:
@@ -267,12 +275,9 @@ def _forward(
             LAST=want_final,
             AHEAD=layout.few_programs(u.device),
         )
-    final_state = None
-    if last is not None:
-        if layout.segments > 1:
-            last = last.unflatten(0, (layout.sequences, layout.segments))[:, -1]
-        final_state = layout.from_tiles(last)
-    return _Scan(y, final_state, layout, given, checkpoints, elapsed)
+    if last is not None and layout.segments > 1:
+        last = last.unflatten(0, (layout.sequences, layout.segments))[:, -1].contiguous()
+    return _Scan(y, last, layout, given, checkpoints, elapsed)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -302,21 +307,23 @@ class _SelectiveScan(torch.autograd.Function):
         dz = None if z is None else z.new_empty(z.shape)
         tokens = u.shape[0] * u.shape[1]
         shares = u.new_empty((tokens, layout.blocks, 2, layout.N), dtype=torch.float32)
-        dlast = None if d_final is None else layout.to_tiles(d_final)
+        dlast = None if d_final is None else d_final.float().contiguous()
         slots = layout.sequences * layout.segments
-        dh0 = layout.new_tiles(u, slots) if needs_h0 else None
+        dh0 = layout.new_states(u, slots) if needs_h0 else None
         sums: dict[str, Any] = {
-            "dA": layout.new_tiles(u, 1).zero_() if needs_A else None,
+            "dA": layout.new_states(u, 1).zero_() if needs_A else None,
             "dD": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_D else None,
             "dbias": u.new_zeros(1, layout.blocks * LANES, dtype=torch.float32) if needs_bias else None,
         }
         with torch.cuda.device_of(u):
             if layout.segments > 1:
                 dlast = _starts_backward(layout, given, dy, elapsed, dlast)
-            at_once = max(1, BACKWARD_PROGRAMS // max(1, layout.blocks * layout.segments))
+            at_once = max(1, BACKWARD_PROGRAMS * 16 // max(1, layout.blocks * layout.segments * max(16, layout.N)))
             at_once = min(at_once, layout.sequences)
             programs = at_once * layout.segments
-            scratch = layout.new_tiles(u, programs * (CHECKPOINT // BACKWARD_GROUP + BACKWARD_GROUP - 1))
+            shared = _in_shared_memory(layout.N, u.device)
+            kept = 0 if shared else programs * (CHECKPOINT // BACKWARD_GROUP)
+            scratch = layout.new_scratch(u, kept)
             parts: dict[str, Any] = {
                 name: None if x is None else x.new_empty(programs, *x.shape[1:]) for name, x in sums.items()
             }
@@ -345,6 +352,7 @@ class _SelectiveScan(torch.autograd.Function):
                     GRAD_D=needs_D,
                     GRAD_BIAS=needs_bias,
                     GRAD_H0=needs_h0,
+                    SHARED=shared,
                     maxnreg=BACKWARD_REGISTERS,
                 )
                 for name, total in sums.items():
@@ -355,15 +363,13 @@ class _SelectiveScan(torch.autograd.Function):
         return (
             du,
             ddelta,
-            layout.from_tiles(sums["dA"][0]).to(type_A) if needs_A else None,
+            sums["dA"][0].to(type_A) if needs_A else None,
             dBC[:, :, 0].to(type_B) if needs_B else None,
             dBC[:, :, 1].to(type_C) if needs_C else None,
             sums["dD"][0, : layout.channels].to(type_D) if needs_D else None,
             dz,
             sums["dbias"][0, : layout.channels].to(type_bias) if needs_bias else None,
-            None
-            if dh0 is None
-            else layout.from_tiles(dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0]).to(type_h0),
+            None if dh0 is None else dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0].to(type_h0),
             *[None] * 4,
         )
 
@@ -398,8 +404,8 @@ def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Any],
 
 
 def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The state that each segment starts from, as tiles, and what decays a state over it."""
-    ends = layout.new_tiles(given["u"], layout.sequences * layout.segments)
+    """The state that each segment starts from, and what decays a state over it."""
+    ends = layout.new_states(given["u"], layout.sequences * layout.segments)
     elapsed = ends.new_empty(len(ends), layout.blocks, 2, LANES)
     _launch(scan_ends, layout, layout.sequences, given, last=ends, elapsed=elapsed, K=FORWARD_GROUP)
     _chain(layout, given, elapsed, h0, ends, reverse=False)
@@ -409,8 +415,8 @@ def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None) -> tuple[
 def _starts_backward(
     layout: _Layout, given: dict[str, Any], dy: Tensor, elapsed: Tensor, dlast: Tensor | None
 ) -> Tensor:
-    """The gradient of the state that each segment ends with, as tiles."""
-    gradients = layout.new_tiles(dy, layout.sequences * layout.segments)
+    """The gradient of the state that each segment ends with."""
+    gradients = layout.new_states(dy, layout.sequences * layout.segments)
     _launch(scan_ends_backward, layout, layout.sequences, given, dy=dy, dh0=gradients, K=FORWARD_GROUP)
     _chain(layout, given, elapsed, dlast, gradients, reverse=True)
     return gradients
@@ -424,9 +430,7 @@ def _chain(
         elapsed=elapsed,
         h0=last if h0 is None else h0,
         last=last,
-        blocks=layout.blocks,
-        segments=layout.segments,
-        N=layout.N,
+        **{name: layout.arguments[name] for name in ("channels", "blocks", "segments", "STATES", "N", "MASKED")},
         REVERSE=reverse,
         HAS_H0=h0 is not None,
         num_warps=1,
