@@ -23,20 +23,20 @@ from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
-# Tokens a chunk, and at most so many columns of the state at a time, in `key_gradients` perhaps fewer. float32 operands
-# take twice the room.
+# Tokens a chunk, and at most so many columns of the state at a time, in `key_gradients` fewer. float32 operands take
+# twice the room.
 CHUNK, CHUNK_FLOAT32 = 64, 32
 STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 128, 32
-KEY_COLUMNS = 128
+KEY_COLUMNS = 64
 # Elements of a tile of the state, fewer columns of a wide head.
 TILE = 64 * 128
 # Warps and stages of the pipeline, for bfloat16 and for the others; and registers, where heads are no wider than 64:
 # with 168 of them, three programs of four warps share a multiprocessor.
 LAUNCH = {
-    "states": ({"num_warps": 4, "num_stages": 3}, {"num_warps": 4, "num_stages": 2}),
+    "states": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
     "outputs": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
     "value_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "key_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 8, "num_stages": 1}),
+    "key_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 8, "num_stages": 1}),
 }
 # A program takes up to so many heads of a chunk, which share B and C; fewer where there are too few programs for that.
 MAX_BLOCK_HEADS, PROGRAMS = 16, 384
