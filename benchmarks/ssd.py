@@ -62,23 +62,25 @@ def milliseconds(operation, tensors, dy) -> list[float]:
 
 
 def sweep(tensors, dy, described: dict) -> None:
-    """Constants of ours: for each size of chunks and tiles the fastest warps and stages of every kernel."""
-    for chunk, columns, few in itertools.product((64, 128), (64, 32), (0, module.FEW_SEQUENCES)):
-        module.CHUNK, module.STATE_COLUMNS, module.FEW_SEQUENCES = chunk, columns, few
+    """Constants of ours: for each size of chunks, tiles and blocks the fastest launch of every kernel."""
+    for chunk, columns, heads, few in itertools.product((64, 128), (128, 64), (16, 8), (module.FEW_SEQUENCES, 0)):
+        module.CHUNK, module.STATE_COLUMNS, module.MAX_BLOCK_HEADS = chunk, columns, heads
+        module.FEW_SEQUENCES = few
         best: dict[str, tuple[float, str]] = {}
-        for warps, stages in itertools.product((4, 8), (1, 2, 3)):
-            launch = {"num_warps": warps, "num_stages": stages}
+        for warps, stages, registers in itertools.product((4, 8), (1, 2, 3), (None, 128, 168)):
+            launch = {"num_warps": warps, "num_stages": stages, **({"maxnreg": registers} if registers else {})}
             module.LAUNCH = dict.fromkeys(module.LAUNCH, (launch, launch))
             try:
                 found = kernel_times(tensors, dy, described)
             except triton.runtime.errors.OutOfResources:
                 continue
             for name, time in found.items():
-                best[name] = min(best.get(name, (math.inf, "")), (time, f"{warps} warps, {stages} stages"))
+                how = f"{warps} warps, {stages} stages, {registers or 'any'} registers"
+                best[name] = min(best.get(name, (math.inf, "")), (time, how))
         total = sum(time for time, _ in best.values())
-        print(f"  chunk {chunk}, columns {columns}, few sequences {few}: {total:.3f} ms", flush=True)
-        for name, (time, launch) in best.items():
-            print(f"    {name:16} {time:.3f} ms with {launch}")
+        print(f"  chunk {chunk}, columns {columns}, heads {heads}, few sequences {few}: {total:.3f} ms", flush=True)
+        for name, (time, how) in best.items():
+            print(f"    {name:16} {time:.3f} ms with {how}")
 
 
 def kernel_times(tensors, dy, described: dict) -> dict[str, float]:

@@ -60,9 +60,13 @@ def test_convolution(dtype, kind, width, initial):
 
 
 @pytest.mark.parametrize("dtype, kind, initial", SCANS)
-def test_scan(dtype, kind, initial):
+def test_scan(dtype, kind, initial, monkeypatch):
+    from peft_mamba.kernels.triton import ssd
+
     for seed, sizes in enumerate(draws(CASES["scan"], batch=(1, 4), length=(1, 260), heads=(1, 6))):
         torch.manual_seed(seed)
+        monkeypatch.setattr(ssd, "PROGRAMS", 1 if seed % 2 else 2**31)  # all heads in a program, and one
+        monkeypatch.setattr(ssd, "FEW_SEQUENCES", 0 if seed % 2 else 2**31)  # large tiles of the state, and small ones
         groups = 1 if seed % 3 else sizes["heads"]
         head_size, state_size = (64, 128) if seed % 6 else (20, 100)
         inputs, rows = ssd_case(

@@ -34,6 +34,41 @@ def test_outputs_and_gradients(device, dtype, kind):
     compare(run_scan, "ssd", *ssd_case(kind, 1, 35, 3, 1, 6, 20), dtype, device)
 
 
+def test_without_a_gradient_of_D(device):
+    """As under a LoRA: nothing is summed for it."""
+    torch.manual_seed(0)
+    compare(run_scan, "ssd", *ssd_case("packed", 1, 35, 3, 1, 6, 20), torch.float32, device, frozen=("D",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_where_the_state_decays_within_a_token(device, dtype):
+    """Left is a token's pair with itself, which is in both of the sums for the exponents and must cancel out."""
+    torch.manual_seed(0)
+    sizes = (300, 3, 1, 64, 128) if device == "cuda" else (35, 3, 1, 6, 20)
+    inputs, rows = ssd_case("whole", 1, *sizes)
+    inputs["A"] *= 20  # its own gradient is next to nothing
+    compare(run_scan, "ssd", inputs, rows, dtype, device, frozen=("A",))
+
+
+def test_heads_of_a_block_keep_their_own_precision(device):
+    """Heads share what B and C get; the step size of one that is a million times smaller loses nothing by that."""
+    torch.manual_seed(0)
+    inputs, rows = ssd_case("whole", 1, 40, 4, 1, 6, 20)
+    scale = torch.tensor([1, 1e-6, 1, 1e-6], dtype=torch.float64)
+    inputs["x"] *= scale[:, None]
+    results = []
+    for operation, to in ((reference.ssd, {}), (kernels.select(device, "triton").ssd, {"device": device})):
+        given = {n: t.to(dtype=torch.float64 if not to else torch.float32, **to) for n, t in inputs.items()}
+        given["dt"].requires_grad_()
+        given["initial_state"] = given["initial_state"] * scale[:, None, None].to(given["x"])
+        y, _ = operation(**given, **rows, return_final_state=True)
+        torch.manual_seed(1)
+        weight = torch.randn(y.shape, dtype=torch.float64).to(y)
+        results.append(torch.autograd.grad((y * weight).sum(), given["dt"])[0])
+    for head in range(4):
+        assert relative_rms(results[1][..., head], results[0][..., head]) < 1e-5
+
+
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(ROWS),

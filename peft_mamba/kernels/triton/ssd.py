@@ -23,20 +23,27 @@ from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
-# Tokens a chunk, and columns of the state at a time. float32 operands take twice the room.
+# Tokens a chunk, and at most so many columns of the state at a time, in `key_gradients` fewer. float32 operands take
+# twice the room.
 CHUNK, CHUNK_FLOAT32 = 64, 32
-STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 64, 32
-# Warps and stages of the pipeline at which the registers suffice, for bfloat16 and for the others.
+STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 128, 32
+KEY_COLUMNS = 64
+# Elements of a tile of the state, fewer columns of a wide head.
+TILE = 64 * 128
+# Warps and stages of the pipeline, for bfloat16 and for the others; and registers, where heads are no wider than 64:
+# with 168 of them, three programs of four warps share a multiprocessor.
 LAUNCH = {
     "states": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
-    "outputs": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
-    "value_gradients": ({"num_warps": 8, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
-    "key_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 8, "num_stages": 1}),
+    "outputs": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
+    "value_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
+    "key_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 8, "num_stages": 1}),
 }
-# A program of `key_gradients` takes this many heads, fewer where that leaves too few programs for the GPU.
-MAX_BLOCK_HEADS, PROGRAMS = 8, 1024
+# A program takes up to so many heads of a chunk, which share B and C; fewer where there are too few programs for that.
+MAX_BLOCK_HEADS, PROGRAMS = 16, 384
+# Heads of a program that takes sums of step sizes.
+STEP_HEADS = 16
 # Below this many sequences times heads, a sequence's state is divided among more programs.
-FEW_SEQUENCES = 1024
+FEW_SEQUENCES = 192
 
 
 class _Plan(NamedTuple):
@@ -51,9 +58,9 @@ class _Plan(NamedTuple):
     sequences: int
     chunks: int  # of a row of the batch
     slots: int
-    float32: bool
-    constants: dict
-    tile: dict  # P, which covers a head, and N, of which a program takes one after the other
+    dtype: torch.dtype
+    described: dict  # how tokens are cut into rows, sequences and chunks
+    constants: dict  # of what is multiplied; P covers a head, N is a tile of the state's columns
 
     @classmethod
     def of(cls, x: Tensor, B: Tensor, lengths: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None):
@@ -63,45 +70,71 @@ class _Plan(NamedTuple):
         chunks = triton.cdiv(length, chunk)
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         tf32 = x.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
-        constants = {
+        described = {
             "HAS_LENGTHS": lengths is not None,
             "HAS_SEQ_IDX": seq_idx is not None,
             "PACKED": cu_seqlens is not None,
-            "PRECISE": x.dtype == torch.float32,
+            "Q": chunk,
+        }
+        p = max(16, triton.next_power_of_2(head_size))
+        columns = STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32
+        constants = {
             # The interpreter multiplies bfloat16's bits as if they were integers.
             "DOT": tl.bfloat16 if bfloat16 and not interpreted() else tl.float32,
             "INPUT": "tf32" if tf32 else "ieee",
-            "Q": chunk,
+            "P": p,
+            "N": max(16, min(columns, TILE // p, triton.next_power_of_2(state_size))),
+            "HEAD_SIZE": head_size,
+            "STATE_SIZE": state_size,
         }
-        columns = min(STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32, triton.next_power_of_2(state_size))
-        tile = {"P": max(16, triton.next_power_of_2(head_size)), "N": max(16, columns)}
         slots = batch * chunks if cu_seqlens is None else length // chunk + sequences
         return cls(
-            *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, not bfloat16),
-            *(constants, tile),
+            *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, x.dtype),
+            *(described, constants),
         )
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What every kernel takes, in their order."""
-        return self.length, self.chunks, self.heads, self.group_heads, self.head_size, self.state_size
+        """What the kernels of a sequence take first."""
+        return self.length, self.chunks, self.heads, self.group_heads
+
+    @property
+    def float32(self) -> bool:
+        return self.dtype != torch.bfloat16
 
     @property
     def group_heads(self) -> int:
         return self.heads // self.groups
 
     @property
-    def block_heads(self) -> int:
-        return max(1, min(MAX_BLOCK_HEADS, self.group_heads, self.slots * self.heads // PROGRAMS))
+    def blocks(self) -> int:
+        """Blocks of a group's heads, all as large as they can be alike."""
+        most = max(1, min(MAX_BLOCK_HEADS, self.group_heads, self.slots * self.heads // PROGRAMS))
+        return triton.cdiv(self.group_heads, most)
 
     @property
-    def blocks(self) -> int:
-        return triton.cdiv(self.group_heads, self.block_heads)
+    def block_heads(self) -> int:
+        return triton.cdiv(self.group_heads, self.blocks)
 
-    def state_tiles(self) -> tuple[int, int]:
-        """Tiles of the state that a program carries through a sequence: small where there are few sequences."""
+    @property
+    def key_constants(self) -> dict:
+        return self.constants | {"N": min(self.constants["N"], KEY_COLUMNS)}
+
+    def launch(self, kernel: str) -> dict:
+        chosen = LAUNCH[kernel][self.float32]
+        return chosen if self.constants["P"] <= 64 else {n: value for n, value in chosen.items() if n != "maxnreg"}
+
+    def only(self, *names: str) -> dict:
+        """Of what describes the rows, what a kernel asks for; chunks are described to all."""
+        return {name: self.described[name] for name in ("PACKED", "Q", *names)}
+
+    def state_tiles(self) -> tuple[dict, int]:
+        """Tiles of the state that a program carries through a sequence, and how many there are: small where there are
+        few sequences."""
         largest = 32 if self.sequences * self.heads < FEW_SEQUENCES else 64
-        return tuple(max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
+        p, n = (max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
+        tiles = triton.cdiv(self.head_size, p) * triton.cdiv(self.state_size, n)
+        return self.only() | self.constants | {"P": p, "N": n}, tiles
 
     def states(self, x: Tensor) -> Tensor:
         dtype = torch.float32 if self.float32 else torch.bfloat16
@@ -111,26 +144,53 @@ class _Plan(NamedTuple):
         if cu_seqlens is None:
             return None
         table = torch.full((self.slots,), -1, dtype=torch.int32, device=cu_seqlens.device)
-        kernels.chunk_table[(self.sequences,)](cu_seqlens, table, Q=self.constants["Q"], num_warps=1)
+        kernels.chunk_table[(self.sequences,)](cu_seqlens, table, Q=self.described["Q"], num_warps=1)
         return table
+
+
+class _Steps(NamedTuple):
+    """What `kernels.steps` makes of dt and A: (slots, H, Q) each, but `through` (slots, H), `documents` (slots, Q)."""
+
+    step: Tensor
+    sums: Tensor
+    into: Tensor
+    out: Tensor
+    through: Tensor
+    documents: Tensor | None
+
+    @classmethod
+    def of(cls, plan: _Plan, dt, A, lengths, seq_idx, cu_seqlens, table):
+        shape = (plan.slots, plan.heads, plan.described["Q"])
+        precise = plan.dtype == torch.float32
+        step, into, out = (torch.empty(shape, dtype=torch.float32, device=dt.device) for _ in range(3))
+        sums = torch.empty(shape, dtype=torch.float64 if precise else torch.float32, device=dt.device)
+        through = torch.empty(shape[:2], dtype=torch.float32, device=dt.device)
+        documents = None
+        if seq_idx is not None:
+            documents = torch.empty(plan.slots, shape[2], dtype=torch.int32, device=dt.device)
+        kernels.steps[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
+            *(dt, A, lengths, seq_idx, cu_seqlens, table, step, sums, into, out, through, documents),
+            *(plan.length, plan.chunks, plan.heads),
+            **plan.described,
+            PRECISE=precise,
+            H=STEP_HEADS,
+        )
+        return cls(step, sums, into, out, through, documents)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _states(plan: _Plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state) -> None:
-    p, n = plan.state_tiles()
-    tiles = triton.cdiv(plan.head_size, p) * triton.cdiv(plan.state_size, n)
-    kernels.states[(plan.sequences, plan.heads, tiles)](
-        *(x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state),
+def _states(plan: _Plan, steps: _Steps, x, B, initial_state, cu_seqlens, h, final_state) -> None:
+    constants, tiles = plan.state_tiles()
+    kernels.states[(plan.sequences * plan.heads * tiles,)](
+        *(x, B, steps.step, steps.out, steps.through, initial_state, cu_seqlens, h, final_state),
         *(*plan.sizes, *_strides(x), *_strides(B)),
         HAS_INITIAL=initial_state is not None,
         WITH_FINAL=final_state is not None,
-        **plan.constants,
-        P=p,
-        N=n,
-        **LAUNCH["states"][plan.float32],
+        **constants,
+        **plan.launch("states"),
     )
 
 
@@ -140,15 +200,16 @@ def _forward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, ret
     shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
     final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
     with torch.cuda.device_of(x):
-        h = plan.states(x)
-        _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, final_state)
-        kernels.outputs[(plan.slots * plan.heads,)](
-            *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, plan.table(cu_seqlens), h, y),
-            *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C)),
+        h, table = plan.states(x), plan.table(cu_seqlens)
+        steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
+        _states(plan, steps, x, B, initial_state, cu_seqlens, h, final_state)
+        kernels.outputs[(plan.slots * plan.groups * plan.blocks,)](
+            *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents, cu_seqlens, table, h, y),
+            *(*plan.sizes, plan.block_heads, plan.blocks, *_strides(x), *_strides(B), *_strides(C)),
             HAS_D=D is not None,
+            **plan.only("HAS_SEQ_IDX"),
             **plan.constants,
-            **plan.tile,
-            **LAUNCH["outputs"][plan.float32],
+            **plan.launch("outputs"),
         )
     return y, final_state
 
@@ -172,43 +233,52 @@ class _SSD(torch.autograd.Function):
 
         dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape)
         dA = empty(plan.slots, plan.heads)
-        dD = None if D is None else empty(plan.slots, plan.heads)
+        dD = empty(plan.slots, plan.heads) if ctx.needs_input_grad[5] else None
         # Sums of one block of heads each; B and C themselves where there is but one block.
         partial = B.dtype if plan.blocks == 1 else torch.float32
         dB, dC = (empty(plan.blocks, *B.shape, dtype=partial) for _ in range(2))
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
         with torch.cuda.device_of(x):
-            h, g = plan.states(x), plan.states(x)
-            _states(plan, x, dt, A, B, initial_state, lengths, seq_idx, cu_seqlens, h, None)
-            p, n = plan.state_tiles()
-            tiles = triton.cdiv(plan.head_size, p) * triton.cdiv(plan.state_size, n)
-            kernels.state_gradients[(plan.sequences, plan.heads, tiles)](
-                *(dy, dt, A, C, None if dfinal is None else dfinal.contiguous(), lengths, seq_idx, cu_seqlens, g),
-                *(dinitial, *plan.sizes, *_strides(dy), *_strides(C)),
+            h, g, table = plan.states(x), plan.states(x), plan.table(cu_seqlens)
+            steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
+            step, sums, into, out, through, documents = steps
+            _states(plan, steps, x, B, initial_state, cu_seqlens, h, None)
+            constants, tiles = plan.state_tiles()
+            kernels.state_gradients[(plan.sequences * plan.heads * tiles,)](
+                *(dy, C, into, through, None if dfinal is None else dfinal.contiguous(), cu_seqlens, g, dinitial),
+                *(*plan.sizes, *_strides(dy), *_strides(C)),
                 HAS_FINAL=dfinal is not None,
                 WITH_INITIAL=dinitial is not None,
-                **plan.constants,
-                P=p,
-                N=n,
-                **LAUNCH["states"][plan.float32],
+                **constants,
+                **plan.launch("states"),
             )
-            table = plan.table(cu_seqlens)
-            kernels.value_gradients[(plan.slots * plan.heads,)](
-                *(x, dt, A, B, C, D, lengths, seq_idx, cu_seqlens, table, h, g, dy, dx, ddt, dA, dD),
-                *(*plan.sizes, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
+            blocks = (plan.block_heads, plan.blocks)
+            strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
+            direct, leaving = torch.empty_like(step), torch.empty_like(step)
+            kernels.value_gradients[(plan.slots * plan.groups * plan.blocks,)](
+                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, direct, leaving, dD),
+                *(*plan.sizes, *blocks, *strides),
                 HAS_D=D is not None,
+                WITH_D=dD is not None,
+                **plan.only("HAS_SEQ_IDX"),
                 **plan.constants,
-                **plan.tile,
-                **LAUNCH["value_gradients"][plan.float32],
+                **plan.launch("value_gradients"),
             )
-            programs = plan.slots * plan.groups * plan.blocks * triton.cdiv(plan.state_size, plan.tile["N"])
-            kernels.key_gradients[(programs,)](
-                *(x, dt, A, B, C, lengths, seq_idx, cu_seqlens, table, h, g, dy, dB, dC),
-                *(plan.batch, plan.length, plan.chunks, plan.heads, plan.group_heads, plan.block_heads, plan.blocks),
-                *(plan.head_size, plan.state_size, *_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
-                **plan.constants,
-                **plan.tile,
-                **LAUNCH["key_gradients"][plan.float32],
+            tiles = triton.cdiv(plan.state_size, plan.key_constants["N"])
+            reading, writing = (empty(tiles, *step.shape) for _ in range(2))
+            both = empty(tiles, *through.shape)
+            kernels.key_gradients[(2 * tiles * plan.slots * plan.groups * plan.blocks,)](
+                *(x, B, C, step, sums, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC),
+                *(reading, writing, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
+                **plan.only("HAS_SEQ_IDX"),
+                **plan.key_constants,
+                **plan.launch("key_gradients"),
+            )
+            kernels.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
+                *(A, step, through, lengths, cu_seqlens, table, direct, leaving, reading, writing, both, ddt, dA),
+                *(plan.slots, plan.length, plan.chunks, plan.heads, tiles),
+                **plan.only("HAS_LENGTHS"),
+                H=STEP_HEADS,
             )
         dB, dC = (partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype) for partial in (dB, dC))
         dD = None if dD is None else dD.sum(0)
