@@ -8,10 +8,10 @@
     python benchmarks/lora_step.py --fit                        # 2.8B and 2.7B within 24 GB
 
 An arm is KIND-WHAT-PRECISION[:RECOMPUTE[+graphs][+precast]]. KIND is ours, or stock: transformers' mixers and PEFT's
-own tuner. WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours the
-`sll` preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our blocks make
-again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and packed batches filled up to one
-size; with +precast frozen weights are on the device in half precision alone.
+own tuner. WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours
+the `sll` preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our
+blocks make again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and packed batches
+filled up to one size; with +precast frozen weights are on the device in half precision alone.
 
 All arms take the same step: TRL's loss over chunks of the vocabulary, backward, the norm of the gradient clipped,
 AdamW. Weights and tokens are random. The first steps, which compile and tune kernels, are not timed; the time is the

@@ -69,7 +69,8 @@ def precast_frozen_weights(model: nn.Module, dtype: str | torch.dtype) -> Iterat
         precision.check_device(device)
     held: list[_Precast] = []
     try:
-        held += (_Precast(name, layer, precision.autocast) for name, layer in layers.items())
+        for name, layer in layers.items():
+            held.append(_Precast(name, layer, precision.autocast))
         logger.info("%d frozen weights are held in %s%s", len(held), precision.name, others and f"; {others}")
         yield len(held)
         if written := [each.name for each in held if each.written()]:

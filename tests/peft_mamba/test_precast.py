@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -152,6 +153,25 @@ def test_what_fails_inside_leaves_the_weights_as_they_were():
     assert not half(model)
 
 
+def test_memory_that_runs_out_halfway_leaves_the_weights_as_they_were(monkeypatch):
+    model = trained("mamba", "sll")
+    before = [(each.clone(), each.data_ptr()) for each in model.parameters()]
+    cpu, calls = torch.Tensor.cpu, []
+
+    def full(tensor):
+        calls.append(tensor)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", full)
+    with pytest.raises(torch.OutOfMemoryError), precast_frozen_weights(model, "bf16"):
+        pytest.fail("entered")
+    for parameter, (value, address) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value) and parameter.data_ptr() == address
+    assert hooks(model) == (0, 0)
+
+
 EXCLUDED = {
     "trained": lambda mixer: mixer.in_proj.base_layer.weight.requires_grad_(True),
     "merged": lambda mixer: mixer.in_proj.merge(),
@@ -163,7 +183,7 @@ EXCLUDED = {
     "shared memory": lambda mixer: mixer.register_buffer("view", mixer.in_proj.base_layer.weight.data[:3]),
     "a variant": lambda mixer: mixer.in_proj.lora_variant.update(default=object()),
     "another layer": lambda mixer: setattr(
-        mixer.in_proj, "base_layer", nn.modules.linear.NonDynamicallyQuantizableLinear(32, 128)
+        mixer.in_proj, "base_layer", nn.modules.linear.NonDynamicallyQuantizableLinear(32, 128).requires_grad_(False)
     ),
     "not wrapped by PEFT alone": lambda mixer: setattr(
         mixer.in_proj, "__class__", type("Linear", (type(mixer.in_proj),), {})
@@ -235,11 +255,15 @@ def test_nothing_takes_half_precision_for_the_weights(misuse, family):
     model = trained(family, "sll")
     expected = {name: each.clone() for name, each in model.state_dict().items()}
     torch.compiler.reset()
-    # What casts the model itself is told once more at the end.
-    with pytest.raises(PrecastError, match="precast_frozen_weights"), precast_frozen_weights(model, "bf16"):
-        MISUSES[misuse](model)
+    cast = misuse == "casting the model"  # which itself nothing sees before the end
+    with (
+        pytest.raises(PrecastError, match="wrote to") if cast else nullcontext(),
+        precast_frozen_weights(model, "bf16"),
+    ):
+        with pytest.raises(PrecastError, match="Leave precast_frozen_weights first"):
+            MISUSES[misuse](model)
     mine = model.state_dict()
-    if misuse != "casting the model":
+    if not cast:
         assert mine.keys() == expected.keys() and all(torch.equal(mine[name], each) for name, each in expected.items())
         model.merge_and_unload()
     torch.compiler.reset()
