@@ -5,13 +5,13 @@
     python benchmarks/lora_step.py --arms ours-sll-bf16:block --profile
     python benchmarks/lora_step.py --lengths alpaca             # packed against padded
     python benchmarks/lora_step.py --scaling --model mamba-130m # length 512 to 65,536 at equal tokens
-    python benchmarks/lora_step.py --fit --arms ours-sll-bf16:block   # 2.8B and 2.7B within 24 GB
+    python benchmarks/lora_step.py --fit                        # 2.8B and 2.7B within 24 GB
 
-An arm is KIND-WHAT-PRECISION[:RECOMPUTE[+graphs]]. KIND is ours, or stock: transformers' mixers and PEFT's own tuner.
-WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours the `sll`
-preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our blocks make
-again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and packed batches filled up to one
-size.
+An arm is KIND-WHAT-PRECISION[:RECOMPUTE[+graphs][+precast]]. KIND is ours, or stock: transformers' mixers and PEFT's
+own tuner. WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours
+the `sll` preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our
+blocks make again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and packed batches
+filled up to one size; with +precast frozen weights are on the device in half precision alone.
 
 All arms take the same step: TRL's loss over chunks of the vocabulary, backward, the norm of the gradient clipped,
 AdamW. Weights and tokens are random. The first steps, which compile and tune kernels, are not timed; the time is the
@@ -49,7 +49,8 @@ from peft_mamba.precision import Precision
 
 STOCK_MODULES = {"mamba": ["in_proj", "x_proj", "embeddings"], "mamba2": ["in_proj", "embeddings"]}
 FULL_STOCK, FULL_OURS, STOCK = "stock-full-fp32", "ours-full-fp32:none", "stock-lora-bf16"
-OURS = [f"ours-sll-bf16:{level}" for level in ("none+graphs", "block+graphs", *LEVELS)]
+OURS = [f"ours-sll-bf16:{level}" for level in ("none+graphs+precast", "block+graphs+precast", *LEVELS)]
+EXTRAS = ("graphs", "precast")
 # Tokens per second over stock's, by family; over either full fp32; the share of stock's full fp32 memory per token.
 GOALS = {"mamba": 3.0, "mamba2": 2.5}
 GOAL_FULL, GOAL_MEMORY, GOAL_PACKED, GOAL_FIT = 10.0, 0.2, 2.0, 24e9
@@ -90,10 +91,12 @@ def stock_tuner() -> Iterator[None]:
         PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = ours
 
 
-def build(config: Any, arm: str, r: int) -> tuple[Any, Precision]:
-    """The model of an arm, ready to train, and its precision."""
+def build(config: Any, arm: str, r: int, held: contextlib.ExitStack) -> tuple[Any, Precision]:
+    """The model of an arm, ready to train until `held` ends, and its precision."""
     arm, _, level = arm.partition(":")
-    level, _, graphs = level.partition("+")
+    level, *extras = level.split("+")
+    if unknown := set(extras) - set(EXTRAS):
+        raise click.BadParameter(f"+{unknown.pop()} is nothing that an arm can have: there are {', '.join(EXTRAS)}.")
     kind, what, precision = arm.split("-")
     model = random_model(config, DEVICE)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
@@ -102,13 +105,16 @@ def build(config: Any, arm: str, r: int) -> tuple[Any, Precision]:
         if what != "full":
             model = peft.get_peft_model(model, peft_mamba.MambaLoraConfig(preset=what, r=r, lora_alpha=2 * r))
         recompute(model, level or DEFAULT)
-        if graphs:
+        if "graphs" in extras:
             peft_mamba.use_cuda_graphs(model)
     elif what != "full":
         modules = STOCK_MODULES[config.model_type]
         with stock_tuner():
             model = peft.get_peft_model(model, peft.LoraConfig(target_modules=modules, r=r, lora_alpha=2 * r))
     model.train()
+    if "precast" in extras:
+        held.enter_context(peft_mamba.precast_frozen_weights(model, precision))
+        held.callback(model.to, "cpu")  # where the originals then stay: on the device there may be no room
     return model, Precision.parse(precision)
 
 
@@ -171,9 +177,11 @@ def random_batches(config: Any, count: int, rows: int, length: int) -> list[dict
 
 def run(config: Any, arm: str, r: int, batches: list[dict[str, Any]], warmup: int) -> Figures:
     free()
-    model, precision = build(config, arm, r)
+    held = contextlib.ExitStack()
+    model, precision = build(config, arm, r, held)
     try:
-        return measure(Step(model, precision), batches, warmup, "graphs" in arm)
+        with held:
+            return measure(Step(model, precision), batches, warmup, "graphs" in arm)
     finally:
         del model
         free()
@@ -183,7 +191,7 @@ def try_run(*args: Any) -> Figures | None:
     try:
         return run(*args)
     except torch.OutOfMemoryError:
-        print(f"{args[1]:<20} out of memory", flush=True)
+        print(f"{args[1]:<35} out of memory", flush=True)
         return None
 
 
@@ -197,7 +205,7 @@ def compare(config: Any, arms: tuple[str, ...], r: int, batches: list[dict[str, 
     for arm in arms:
         if (figures := try_run(config, arm, r, batches, warmup)) is not None:
             results[arm] = figures
-            print(f"{arm:<20} {figures}", flush=True)
+            print(f"{arm:<35} {figures}", flush=True)
     for arm, figures in results.items():
         if not arm.startswith("ours-") or "-full-" in arm:
             continue
@@ -253,10 +261,10 @@ def compare_packing(config: Any, arm: str, r: int, rows: int, steps: int, warmup
         print(f"packed: {ratio:.2f}x padded's real tokens/s, {verdict(ratio, GOAL_PACKED)}")
 
 
-def scale(config: Any, arm: str, r: int, tokens: int, steps: int, warmup: int) -> None:
+def scale(config: Any, arm: str, r: int, tokens: int, steps: int, warmup: int, held: contextlib.ExitStack) -> None:
     """Length 512 to `tokens` at `tokens` a step, then memory over one row of growing length."""
     free()
-    model, precision = build(config, arm, r)
+    model, precision = build(config, arm, r, held)
     step = Step(model, precision)
     length, first = 512, None
     while length <= tokens:
@@ -294,11 +302,13 @@ def fit(names: tuple[str, ...], arm: str, length: int) -> None:
             rows *= 2
 
 
-def profile(config: Any, arm: str, r: int, batches: list[dict[str, Any]], warmup: int) -> None:
+def profile(
+    config: Any, arm: str, r: int, batches: list[dict[str, Any]], warmup: int, held: contextlib.ExitStack
+) -> None:
     """The kernels that a step spends its time in."""
     from torch.profiler import ProfilerActivity, profile
 
-    model, precision = build(config, arm, r)
+    model, precision = build(config, arm, r, held)
     step = Step(model, precision)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])
     measure(step, batches[: warmup + 1], warmup)
@@ -346,11 +356,12 @@ def main(name, layers, arms, rows, length, r, steps, warmup, lengths, scaling, t
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print(f"{card}, torch {torch.__version__}; kernels {peft_mamba.kernels.describe(DEVICE)}", flush=True)
     if fits:
-        fit(("mamba-2.8b", "mamba2-2.7b"), ours if arms else OURS[-1], length)
+        fit(("mamba-2.8b", "mamba2-2.7b"), ours if arms else f"{OURS[-1]}+precast", length)
         return
     print(f"{name}, {config.num_hidden_layers} layers, r {r}, batch {rows} x {length}", flush=True)
     if scaling:
-        scale(config, ours, r, tokens, steps, warmup)
+        with contextlib.ExitStack() as held:
+            scale(config, ours, r, tokens, steps, warmup, held)
     elif lengths == "alpaca":
         compare_packing(config, ours, r, rows, steps, warmup)
     else:
@@ -358,7 +369,8 @@ def main(name, layers, arms, rows, length, r, steps, warmup, lengths, scaling, t
         compare(config, chosen, r, batches, warmup)
         if profiles:
             free()
-            profile(config, ours, r, batches, warmup)
+            with contextlib.ExitStack() as held:
+                profile(config, ours, r, batches, warmup, held)
 
 
 if __name__ == "__main__":

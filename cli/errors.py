@@ -11,7 +11,7 @@ import click
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from peft_mamba import GradientError, KernelError, PresetError, TargetError
+from peft_mamba import GradientError, KernelError, PrecastError, PresetError, TargetError
 from peft_mamba.checkpoints import CheckpointError
 from peft_mamba.precision import PrecisionError
 
@@ -27,6 +27,7 @@ EXPECTED = (
     DivergedError,
     GradientError,
     KernelError,
+    PrecastError,
     PrecisionError,
     PresetError,
     SaveError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shlex
@@ -22,7 +23,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl import SFTConfig
 
-from peft_mamba import checkpoints, kernels, report
+from peft_mamba import checkpoints, kernels, precast_frozen_weights, report
 from peft_mamba.mixers import LEVELS, recompute, use_cuda_graphs
 from peft_mamba.mixers.packing import packing_support
 from peft_mamba.precision import Precision
@@ -74,9 +75,12 @@ def finetune(
     bare = models.skeleton(options)
     recipe = resolve(options, sources, models.facts(bare))
     settings = recipe.settings
-    if recipe.sources.get("cuda_graphs") == "the command line" and settings.cuda_graphs:
-        if problem := _no_graphs(process):
-            raise SettingsError(f"--cuda-graphs: {problem}. Leave it out.")
+    for option, wanted, problem in (
+        ("cuda_graphs", settings.cuda_graphs, _no_graphs(process)),
+        ("precast", settings.precast, _no_precast(process)),
+    ):
+        if wanted and problem and recipe.sources.get(option) == "the command line":
+            raise SettingsError(f"--{option.replace('_', '-')}: {problem}. Leave it out.")
     tokenizer = models.load_tokenizer(settings)
     data = load_data(
         settings.dataset,
@@ -92,11 +96,12 @@ def finetune(
     print_plan(console, recipe, precision, process.device, data, adapted, ranks)
     if dry_run:
         for level in LEVELS if settings.recompute == "auto" else (settings.recompute,):
-            chosen = replace(settings, recompute=level)
+            chosen = replace(settings, recompute=level, precast=settings.precast and not _no_precast(process))
             print_memory(console, estimate(adapted, chosen, precision, process.device), chosen)
         return 0
     del bare, adapted
-    result = _run(process, console, recipe, tokenizer, data, precision, directory, resume)
+    with contextlib.ExitStack() as held:
+        result = _run(process, console, recipe, tokenizer, data, precision, directory, resume, held)
     if result is None:
         return INTERRUPTED
     if process.is_main_process:
@@ -116,14 +121,16 @@ def _run(
     precision: Precision,
     directory: RunDirectory,
     resume: bool,
+    held: contextlib.ExitStack,
 ) -> dict[str, Any] | None:
-    """Load, train and save; returns the run's figures, or None if a signal stopped it."""
+    """Load, train and save; returns the run's figures, or None if a signal stopped it. `held` ends after it."""
     settings = recipe.settings
     # FSDP moves each process' shard to its device itself.
     device = torch.device("cpu") if distributed.sharded_launch() else process.device
     model, ranks = models.with_adapter(models.load(settings, device), settings)
     if settings.packing and (problem := packing_support(model, process.device.type)):
         raise SettingsError(f"--packing: {problem}")
+    settings = _with_precast(model, settings, process, console, held)
     settings = _with_what_fits(model, settings, precision, process, console)
     if settings.recompute is not None:
         recompute(model, settings.recompute)
@@ -241,6 +248,30 @@ def _with_graphs(model: Any, settings: Settings, process: PartialState, console:
         console.print(f"--cuda-graphs: off, {problem}.", highlight=False, soft_wrap=True)
         return replace(settings, cuda_graphs=False)
     use_cuda_graphs(model)
+    return settings
+
+
+def _no_precast(process: PartialState) -> str | None:
+    """Why frozen weights are not held in half precision where this runs, if so."""
+    if process.device.type != "cuda":
+        return f"this runs on {process.device.type}, in whose memory the fp32 weights would lie beside the others"
+    return f"it is for one device, and there are {process.num_processes}" if process.num_processes > 1 else None
+
+
+def _with_precast(
+    model: Any, settings: Settings, process: PartialState, console: Console, held: contextlib.ExitStack
+) -> Settings:
+    """Hold frozen weights in half precision until `held` ends, where that is wanted, and can be had."""
+    if not settings.precast:
+        return settings
+    if problem := _no_precast(process):
+        if process.device.type != "cuda":
+            return settings
+        console.print(f"--precast: off, {problem}.", highlight=False, soft_wrap=True)
+        return replace(settings, precast=False)
+    held.enter_context(precast_frozen_weights(model, settings.precision))
+    # The originals come back to where the model is then. On the device, where nothing reads them, may be no room.
+    held.callback(model.to, "cpu")
     return settings
 
 

@@ -150,6 +150,12 @@ def _positive(**kwargs: Any) -> Any:
     "--packing. [default: for adapters]",
 )
 @click.option(
+    "--precast/--no-precast",
+    default=None,
+    help="On a GPU in fp16 or bf16, cast the frozen weights of a Mamba's mixers once and keep their fp32 originals in "
+    "host memory, in place of casting them in every step; the results are the same. [default: for adapters]",
+)
+@click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=False,
     help="transformers' own, for models of any family: every layer runs again in backward.",

@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from peft_mamba import use_mixers
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.recomputation import kept_for_backward
+from peft_mamba.precast import precastable
 from peft_mamba.precision import Precision
 
 from .distributed import sharded_launch
@@ -33,8 +34,8 @@ MARGIN = 0.1  # of a GPU's memory that a level below block leaves free: real bat
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: fp32 weights, gradients and AdamW's two moments of what trains, copies of weights in half precision, and
-    what one token leaves for backward.
+    """Bytes: weights, in fp32 but for those that --precast holds in half precision; gradients and AdamW's two moments
+    of what trains; copies of weights in half precision, and what one token leaves for backward.
 
     The workspace of the loss and the allocator's fragments come on top of it.
     """
@@ -52,12 +53,13 @@ class MemoryEstimate:
 
 
 def estimate(model: Any, settings: Settings, precision: Precision, device: torch.device) -> MemoryEstimate:
-    """For a model with its adapter, which may be on the meta device."""
+    """For a model with its adapter, which may be on the meta device, and whose weights are not yet precast."""
     parameters = list(model.parameters())
+    half = sum(weight.numel() for weight in precastable(model)) if settings.precast and device.type == "cuda" else 0
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     copies, activations = _kept(model.config, settings, precision, device)
     return MemoryEstimate(
-        weights=4 * sum(parameter.numel() for parameter in parameters),
+        weights=4 * sum(parameter.numel() for parameter in parameters) - 2 * half,
         gradients=4 * trainable,
         optimizer=8 * trainable,
         copies=copies,

@@ -24,7 +24,7 @@ PRESET_CHOICES = ("full", *PRESETS)
 RECOMPUTE_CHOICES = ("auto", *LEVELS)
 # May differ between a run and its resumption: they decide what is shown and kept, not what is learned.
 FREE_ON_RESUME = frozenset(
-    {"logging_steps", "save_steps", "save_total_limit", "report_to", "output", "recompute", "cuda_graphs"}
+    {"logging_steps", "save_steps", "save_total_limit", "report_to", "output", "recompute", "cuda_graphs", "precast"}
 )
 ADAPTER_ONLY = ("r", "alpha", "dropout")
 DEFAULT_BATCH_SIZE = 8
@@ -77,6 +77,7 @@ class Settings:
     output: str
     kernels: str | None = None
     cuda_graphs: bool | None = None
+    precast: bool | None = None
 
     def as_yaml(self) -> str:
         """The settings as a file for `mamba-ft --config`."""
@@ -163,6 +164,8 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str], facts: ModelFa
         default("recompute", "auto", "as little as memory allows")
         if values["preset"] != "full":
             default("cuda_graphs", True, "faster, on a GPU, where batches are of one size")
+    if facts.family in MAMBA_FAMILIES and values["preset"] != "full" and values["precision"] != "fp32":
+        default("precast", True, "the same, in less memory, on a GPU")
     if values["preset"] != "full":
         default("alpha", 2.0 * values["r"], "2 r, TRL's ratio")
     default("batch_size", DEFAULT_BATCH_SIZE, "TRL's default; the papers name none")
@@ -195,6 +198,14 @@ def _refuse_contradictions(values: Mapping[str, Any], facts: ModelFacts) -> None
         ):
             if given:
                 raise SettingsError(f"--cuda-graphs: they {why}. Leave it out.")
+    if values["precast"]:
+        for given, why in (
+            (facts.family not in MAMBA_FAMILIES, f"it is for the mixers of Mamba, and this is {facts.family}"),
+            (values["preset"] == "full", "it is for frozen weights, and --preset full trains all"),
+            (values["precision"] == "fp32", "--precision fp32 computes with the weights as they are"),
+        ):
+            if given:
+                raise SettingsError(f"--precast: {why}. Leave it out.")
     if values["preset"] == "full":
         useless = [f"--{name} {values[name]}" for name in ADAPTER_ONLY if values[name] is not None]
         if useless:

@@ -8,6 +8,7 @@ print(peft_mamba.report(model))
 from .config import MambaLoraConfig
 from .kernels import KernelError, Kernels
 from .mixers import RecomputeError, recompute, use_cuda_graphs, use_mixers
+from .precast import PrecastError, precast_frozen_weights
 from .presets import PresetError, preset_modules
 from .report import GradientError, Report, report
 from .tuner import TargetError, register
@@ -17,10 +18,12 @@ __all__ = [
     "KernelError",
     "Kernels",
     "MambaLoraConfig",
+    "PrecastError",
     "PresetError",
     "RecomputeError",
     "Report",
     "TargetError",
+    "precast_frozen_weights",
     "preset_modules",
     "recompute",
     "report",

@@ -25,6 +25,7 @@ from torch import nn
 from .adapter_io import misfit
 from .config import MambaLoraConfig
 from .mixers import use_mixers
+from .precast import refuse_while_precast
 from .presets import MAMBA_FAMILIES, family_of
 from .report import watch_first_step
 from .ties import base_layer, break_tie, tied_adapters
@@ -65,7 +66,9 @@ class MambaLoraModel(LoraModel):
         Raises:
             PresetError: the model's family lacks the preset.
             TargetError: on a Mamba model, a target that is not there, cannot be adapted, or is smaller than the rank.
+            PrecastError: its frozen weights are held in half precision, which the new adapter would get too.
         """
+        refuse_while_precast(model, "Adding an adapter")
         config = self.peft_config[adapter_name]
         if isinstance(config, MambaLoraConfig):
             config = self.peft_config[adapter_name] = config.resolve(model)
@@ -134,7 +137,12 @@ class MambaLoraModel(LoraModel):
             super()._check_tied_modules(model, peft_config)
 
     def _check_merge_allowed(self) -> None:
-        """Called before every merge, in place or for good: tied embeddings under an adapter become two matrices."""
+        """Called before every merge, in place or for good: tied embeddings under an adapter become two matrices.
+
+        Raises:
+            PrecastError: frozen weights are held in half precision.
+        """
+        refuse_while_precast(self.model, "Merging an adapter")
         if not is_mamba(self.model):
             super()._check_merge_allowed()
         elif tied_adapters(self.model):

@@ -33,6 +33,8 @@ from .recomputation import runs_again
 
 Tensor = torch.Tensor
 
+# Where a layer whose weight is held in half precision (`peft_mamba.precast`) has what says when that will do.
+PRECAST = "_precast"
 _HALF = (torch.float16, torch.bfloat16)
 # torch.mm(…, out_dtype=torch.float32), on CUDA alone
 _MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
@@ -74,9 +76,14 @@ def project(
 
     Returns:
         (..., out), or a tuple of parts.
+
+    Raises:
+        PrecastError: the weight is held in a precision that is not the one to compute in here.
     """
     known = plain(linear)
     base = getattr(linear, "base_layer", linear)
+    if (held := vars(base).get(PRECAST)) is not None:
+        held.check(x.device.type)
     # Reentrant checkpoints first run without gradients, and must then compute what they compute with them.
     for_backward = torch.is_grad_enabled() or linear.training or runs_again()
     if for_backward and isinstance(base, Linear) and base.by_onednn(x):
@@ -96,12 +103,12 @@ def plain(linear: nn.Module) -> Plain | None:
     """What `linear` computes, if that is all that calling it would do; else None."""
     if torch.compiler.is_compiling():
         return None
-    if _is_linear(linear):
-        return Plain(linear.weight, linear.bias, None, None, 1.0, 0.0) if _bare(linear) else None
+    if is_linear(linear):
+        return Plain(linear.weight, linear.bias, None, None, 1.0, 0.0) if is_bare(linear) else None
     if type(linear) is not LoraLinear or hooked(linear) or linear.merged or linear.fan_in_fan_out:
         return None
     base = linear.base_layer
-    if not _is_linear(base) or not _bare(base):
+    if not is_linear(base) or not is_bare(base):
         return None
     if linear.disable_adapters:
         return Plain(base.weight, base.bias, None, None, 1.0, 0.0)
@@ -110,9 +117,9 @@ def plain(linear: nn.Module) -> Plain | None:
     rates: set[float] = set()
     for name in names:
         A, B, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
-        if name in linear.lora_variant or not (_is_linear(A) and _is_linear(B)) or B.bias is not None:
+        if name in linear.lora_variant or not (is_linear(A) and is_linear(B)) or B.bias is not None:
             return None
-        if not (_bare(A) and _bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or hooked(dropout):
+        if not (is_bare(A) and is_bare(B)) or type(dropout) not in (nn.Identity, nn.Dropout) or hooked(dropout):
             return None
         factors.append((A.weight, B.weight, linear.scaling[name]))
         rates.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
@@ -143,12 +150,12 @@ def draws(linear: nn.Module) -> bool:
     return known is None or known.dropout > 0
 
 
-def _is_linear(module: object) -> TypeGuard[nn.Linear]:
+def is_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether it is nn.Linear, of that very class, or what takes its place on a CPU."""
     return type(module) in (nn.Linear, Linear)
 
 
-def _bare(linear: nn.Linear) -> bool:
+def is_bare(linear: nn.Linear) -> bool:
     """No hook, no forward of its own, no parametrisation, weights that are plain tensors."""
     weights = vars(linear)["_parameters"]
     return (
