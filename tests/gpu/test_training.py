@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from peft_mamba import use_mixers
-from peft_mamba.kernels import norm
+from peft_mamba.kernels import fused, norm
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.projection import project
 
@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
     ],
 )
 def test_rms_norm_against_float64(size, group, rows, gated, residual, weight_grad, dtype):
-    if norm._kernels() is None:
+    if fused.kernels(norm.KERNELS) is None:
         pytest.skip("Triton is not installed")
     x = torch.randn(rows, size, device="cuda").to(dtype).requires_grad_()
     weight = torch.randn(size, device="cuda", requires_grad=weight_grad)
