@@ -29,7 +29,7 @@ from torch.nn.modules import module as _global
 from torch.torch_version import TorchVersion
 
 from ..frozen import from_weights
-from ..kernels.products import add_products
+from ..kernels.products import add_products, from_both_sides
 from .linear import Linear
 from .recomputation import runs_again
 
@@ -300,7 +300,11 @@ class _Project(torch.autograd.Function):
         with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
             present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, of_parts)]
-            if for_A or (for_x and down is not None):
+            wants_q = for_A or (for_x and down is not None)
+            if wants_q and for_B and len(present) == len(ctx.parts):
+                once = from_both_sides([(dy, up[part]) for part, dy in present], t, ctx.scaling, B_dtype)
+                q, dB = (None, None) if once is None else once
+            if wants_q and q is None:
                 for part, dy in present:
                     q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
             if q is not None and for_A:
@@ -317,7 +321,7 @@ class _Project(torch.autograd.Function):
                     d_rows = add_products(d_through.reshape(rows.shape), *itertools.islice(factors, 2))
                 for d_part, W in factors:
                     d_rows = d_part @ W if d_rows is None else d_rows.addmm_(d_part, W)
-            if for_B:
+            if for_B and dB is None:
                 dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
             if for_weight:
                 dW = _joined([_mm(dy.t(), rows, weight_dtype) for _, dy in present], len(weight), present)

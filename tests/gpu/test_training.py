@@ -107,6 +107,20 @@ def test_one_kernel_makes_the_gradient_of_an_input_that_is_read_twice(precision,
     assert len(calls) == 1 and relative_rms(again["x"], expected["x"]) < 1e-2
 
 
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize("columns", [(3072, 3072), (1536,), (130,)], ids=["in_proj", "out_proj", "small"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_products_of_a_gradient_at_the_sizes_of_a_model(columns, rank, dtype):
+    kernels = fused.kernels("products_triton") or pytest.skip("Triton is not installed")
+    rows, total = 8191, sum(columns)
+    g, up, t = (torch.randn(n, m, device="cuda").to(dtype) for n, m in ((rows, total), (total, rank), (rows, rank)))
+    parts = list(zip((each.contiguous() for each in g.split(columns, dim=1)), up.split(columns), strict=True))
+    q, d = kernels.from_both_sides(parts, t, 2.0, torch.float32)
+    assert relative_rms(q, g.double() @ up.double()) < TOLERANCE[dtype]
+    assert relative_rms(d, 2 * g.double().t() @ t.double()) < 1e-5
+    assert all(map(torch.equal, kernels.from_both_sides(parts, t, 2.0, torch.float32), (q, d)))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", TRAINED)
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
