@@ -9,20 +9,14 @@ PyTorch alone; PEFT_MAMBA_KERNELS=torch or reference forces the latter.
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import ENVIRONMENT_VARIABLE
+from . import fused
 from .reference import Tensor, accumulator_dtype
 
-logger = logging.getLogger(__name__)
-
-PYTORCH_ONLY = ("torch", "reference")
+KERNELS = "norm_triton"
 
 
 def rms_norm(
@@ -46,7 +40,7 @@ def rms_norm(
     """
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _run(_fused(x), x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
+        return _run(fused.for_tensor(KERNELS, x), x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
     return _RMSNorm.apply(x, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
 
 
@@ -56,37 +50,19 @@ def rms_norm_residual(
     """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway."""
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _run(_fused(x), x, weight, None, eps, x.shape[-1], out_dtype)[0], x
+        return _run(fused.for_tensor(KERNELS, x), x, weight, None, eps, x.shape[-1], out_dtype)[0], x
     return _RMSNorm.apply(x, weight, None, eps, x.shape[-1], out_dtype, True)
 
 
-@functools.cache
-def _kernels():
-    """The Triton kernels, or None where Triton is not there."""
-    try:
-        from . import norm_triton
-    except ImportError as error:
-        if getattr(error, "name", None) != "triton":
-            logger.warning("Triton is installed but the kernels of rms_norm do not import: %s", error)
-        return None
-    return norm_triton
-
-
-def _fused(x: Tensor):
-    if torch.compiler.is_compiling() or not x.is_cuda or x.dtype == torch.float64:
-        return None
-    return None if os.environ.get(ENVIRONMENT_VARIABLE) in PYTORCH_ONLY else _kernels()
-
-
-def _run(fused, *arguments):
-    return (_forward if fused is None else fused.forward)(*arguments)
+def _run(kernels, *arguments):
+    return (_forward if kernels is None else kernels.forward)(*arguments)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gate, eps, group_size, out_dtype, residual):
-        ctx.group_size, ctx.fused = group_size, _fused(x)
-        y, rstd = _run(ctx.fused, x, weight, gate, eps, group_size, out_dtype)
+        ctx.group_size, ctx.kernels = group_size, fused.for_tensor(KERNELS, x)
+        y, rstd = _run(ctx.kernels, x, weight, gate, eps, group_size, out_dtype)
         ctx.save_for_backward(x, weight, gate, rstd)
         ctx.set_materialize_grads(False)
         return (y, x) if residual else (y, None)
@@ -97,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
         if dy is None:
             return d_residual, None, None, None, None, None, None
         x, weight, gate, rstd = ctx.saved_tensors
-        backward = _backward if ctx.fused is None else ctx.fused.backward
+        backward = _backward if ctx.kernels is None else ctx.kernels.backward
         dx, dw, d_gate = backward(dy, x, weight, gate, rstd, ctx.group_size, d_residual, ctx.needs_input_grad[1])
         return dx, dw, d_gate, None, None, None, None
 

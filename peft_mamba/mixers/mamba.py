@@ -54,9 +54,8 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
 
         u = convolve()
         can_be_remade(u, convolve)
-        time_step, B, C = project(self.x_proj, u).split(
-            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
-        )
+        selected, u = project(self.x_proj, u, through=True)
+        time_step, B, C = selected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast, inside the scan.
         delta = project(self.dt_proj, time_step, bias=False)
         if not draws(self.dt_proj):

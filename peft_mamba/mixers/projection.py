@@ -15,7 +15,8 @@ as the module it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.modules import module as _global
 from torch.torch_version import TorchVersion
 
 from ..frozen import from_weights
+from ..kernels.products import add_products, from_both_sides
 from .linear import Linear
 from .recomputation import runs_again
 
@@ -61,7 +63,13 @@ class Plain(NamedTuple):
 
 
 def project(
-    linear: nn.Module, x: Tensor, *, sizes: Sequence[int] | None = None, bias: bool = True, product: bool = True
+    linear: nn.Module,
+    x: Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    bias: bool = True,
+    product: bool = True,
+    through: bool = False,
 ) -> Any:
     """`linear(x)`, and its gradient, for a layer that may carry adapters.
 
@@ -73,9 +81,11 @@ def project(
             then it has rounded the product away.
         product: False where a checkpointed segment runs again for what its backward needs and this is its last layer,
             whose output nothing reads: of a plain layer it is then left out, and the values are arbitrary.
+        through: return x as well, for what else reads it: the gradient from there is added where that of x is made,
+            instead of by autograd, which reads both again.
 
     Returns:
-        (..., out), or a tuple of parts.
+        (..., out), or a tuple of parts; with `through` a pair of these and x.
 
     Raises:
         PrecastError: the weight is held in a precision that is not the one to compute in here.
@@ -91,12 +101,19 @@ def project(
     dtype = None if known is None else _compute_dtype(known, x)
     if known is None or dtype is None:
         y = linear(x) if bias else _without_bias(linear, x)
-        return y if sizes is None else y.split(list(sizes), dim=-1)
-    if not for_backward:
+        y, same = y if sizes is None else y.split(list(sizes), dim=-1), None
+    elif not for_backward:
         y = _infer(x.to(dtype), known, known.bias if bias else None, isinstance(base, Linear))
-        return y if sizes is None else y.split(list(sizes), dim=-1)
-    weight, own_bias, A, B, scaling, dropout = known
-    return _Project.apply(x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product)
+        y, same = y if sizes is None else y.split(list(sizes), dim=-1), None
+    else:
+        weight, own_bias, A, B, scaling, dropout = known
+        # Of an x without a gradient what was handed through would have one.
+        handed = through and x.dtype == dtype and x.requires_grad
+        *parts, same = _Project.apply(
+            x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product, handed
+        )
+        y = parts[0] if sizes is None else tuple(parts)
+    return (y, x if same is None else same) if through else y
 
 
 def plain(linear: nn.Module) -> Plain | None:
@@ -241,7 +258,7 @@ class _Project(torch.autograd.Function):
     """See the module's docstring. x is in the dtype of the computation, the weights in their own."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product):
+    def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product, through):
         dtype = x.dtype
         t: Any = None
         mask = None
@@ -272,12 +289,14 @@ class _Project(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.keep, ctx.parts = scaling, 1 - dropout, parts
         ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias, A, B)]
-        outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
-        return outputs[0] if sizes is None else tuple(outputs)
+        return *(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs), x if through else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):  # type: ignore[override]  # mypy sees the decorator, not the method
+        *of_parts, d_through = gradients
+        if all(dy is None for dy in of_parts):
+            return d_through, *[None] * 9
         x, weight, down, up, t, mask = ctx.saved_tensors
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         weight_dtype, bias_dtype, A_dtype, B_dtype = ctx.dtypes
@@ -287,28 +306,36 @@ class _Project(torch.autograd.Function):
         dW = db = dA = dB = None
         with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
-            present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, gradients)]
-            if for_A or (for_x and down is not None):
+            present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, of_parts)]
+            wants_q = for_A or (for_x and down is not None)
+            if wants_q and for_B and len(present) == len(ctx.parts):
+                once = from_both_sides([(dy, up[part]) for part, dy in present], t, ctx.scaling, B_dtype)
+                q, dB = (None, None) if once is None else once
+            if wants_q and q is None:
                 for part, dy in present:
                     q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
             if q is not None and for_A:
                 kept = rows if mask is None else rows * mask * (1 / ctx.keep)
                 dA = _mm(q.t(), kept, A_dtype)
             if for_x:
-                if q is not None:
-                    d_rows = q @ down
-                    d_rows = d_rows if mask is None else d_rows.mul_(mask).mul_(1 / ctx.keep)
-                for part, dy in present:
-                    W = weight[part].to(dtype)
-                    d_rows = dy @ W if d_rows is None else d_rows.addmm_(dy, W)
-            if for_B:
+                factors: Iterator = ((dy, weight[part].to(dtype)) for part, dy in present)
+                if q is not None and mask is not None:
+                    d_rows = (q @ down).mul_(mask).mul_(1 / ctx.keep)
+                    d_rows = d_rows if d_through is None else d_rows.add_(d_through.reshape(rows.shape))
+                elif q is not None:
+                    factors = itertools.chain([(q, down)], factors)
+                if d_through is not None and d_rows is None:  # which is autograd's own: nothing is added in place to it
+                    d_rows = add_products(d_through.reshape(rows.shape), *itertools.islice(factors, 2))
+                for d_part, W in factors:
+                    d_rows = d_part @ W if d_rows is None else d_rows.addmm_(d_part, W)
+            if for_B and dB is None:
                 dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
             if for_weight:
                 dW = _joined([_mm(dy.t(), rows, weight_dtype) for _, dy in present], len(weight), present)
             if for_bias:
                 db = _joined([dy.sum(0, dtype=bias_dtype) for _, dy in present], len(weight), present)
         dx = None if d_rows is None else d_rows.view_as(x)
-        return dx, dW, db, dA, dB, None, None, None, None
+        return dx, dW, db, dA, dB, None, None, None, None, None
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:

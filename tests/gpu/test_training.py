@@ -12,11 +12,11 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from peft_mamba import use_mixers
-from peft_mamba.kernels import norm
+from peft_mamba.kernels import ENVIRONMENT_VARIABLE, fused, norm
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.projection import project
 
-from ..peft_mamba.test_projection import adapted, run
+from ..peft_mamba.test_projection import adapted, run, through_and_beside
 from ..peft_mamba.test_recompute import TRAINED, step, trained
 from ..peft_mamba.tiny import PRECISIONS, relative_rms, tiny_model, tokens
 
@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
     ],
 )
 def test_rms_norm_against_float64(size, group, rows, gated, residual, weight_grad, dtype):
-    if norm._kernels() is None:
+    if fused.kernels(norm.KERNELS) is None:
         pytest.skip("Triton is not installed")
     x = torch.randn(rows, size, device="cuda").to(dtype).requires_grad_()
     weight = torch.randn(size, device="cuda", requires_grad=weight_grad)
@@ -83,6 +83,42 @@ def test_linear_layers_against_float64(options, precision, sizes):
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32 and relative_rms(gradient, expected[name]) < 1e-2, name
     assert project(layer, x[:, :0]).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("size", [(24, 40, 18), (3072, 128, 8192)], ids=["small", "x_proj"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_one_kernel_makes_the_gradient_of_an_input_that_is_read_twice(precision, size, monkeypatch):
+    kernels = fused.kernels("products_triton") or pytest.skip("Triton is not installed")
+    calls, add_products = [], kernels.add_products
+    monkeypatch.setattr(kernels, "add_products", lambda *args: calls.append(len(args)) or add_products(*args))
+    width, out, rows = size
+    layer = adapted(base=torch.nn.Linear(width, out)).cuda()
+    x, d_same = (torch.randn(rows, width, device="cuda").to(PRECISIONS[precision]) for _ in range(2))
+    dy = torch.randn(rows, out, device="cuda")
+    expected = through_and_beside(layer.double(), x.double(), dy.double(), d_same.double(), ours=False)
+    with torch.autocast("cuda", PRECISIONS[precision]):
+        gradients = through_and_beside(layer.float(), x, dy, d_same, ours=True)
+    assert calls == [3]  # the other gradient, the layer's product and the adapter's
+    for name, gradient in gradients.items():
+        assert relative_rms(gradient, expected[name]) < 1e-2, name
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    with torch.autocast("cuda", PRECISIONS[precision]):
+        again = through_and_beside(layer, x, dy, d_same, ours=True)
+    assert len(calls) == 1 and relative_rms(again["x"], expected["x"]) < 1e-2
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize("columns", [(3072, 3072), (1536,), (130,)], ids=["in_proj", "out_proj", "small"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_products_of_a_gradient_at_the_sizes_of_a_model(columns, rank, dtype):
+    kernels = fused.kernels("products_triton") or pytest.skip("Triton is not installed")
+    rows, total = 8191, sum(columns)
+    g, up, t = (torch.randn(n, m, device="cuda").to(dtype) for n, m in ((rows, total), (total, rank), (rows, rank)))
+    parts = list(zip((each.contiguous() for each in g.split(columns, dim=1)), up.split(columns), strict=True))
+    q, d = kernels.from_both_sides(parts, t, 2.0, torch.float32)
+    assert relative_rms(q, g.double() @ up.double()) < TOLERANCE[dtype]
+    assert relative_rms(d, 2 * g.double().t() @ t.double()) < 1e-5
+    assert all(map(torch.equal, kernels.from_both_sides(parts, t, 2.0, torch.float32), (q, d)))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -352,3 +352,82 @@ def test_of_a_frozen_weight_no_gradient_and_no_lasting_copy_is_made(precision):
     with Shapes(trainable.parameters()) as shapes:
         y.sum().backward()
     assert (weight, torch.float32) in shapes.made  # the check sees one where there is one
+
+
+def through_and_beside(layer, x, dy, d_same, *, ours):
+    """Gradients of x and of every weight that trains, where x is read by the layer and by something else."""
+    layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
+    torch.manual_seed(3)  # dropout
+    y, same = project(layer, x, through=True) if ours else (layer(x), x)
+    torch.autograd.backward([y, same * 1], [dy.to(y.dtype), d_same.to(same.dtype)])
+    return {"x": x.grad} | {name: each.grad for name, each in layer.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "dropout"])
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
+def test_what_else_reads_the_input_gets_its_gradient_added(kind, half):
+    layer = adapted(lora_dropout=0.4) if kind == "dropout" else LAYERS[kind]()
+    x, dy, d_same = torch.randn(2, 7, IN).to(half or torch.float32), torch.randn(2, 7, OUT), torch.randn(2, 7, IN)
+    expected = through_and_beside(layer.double(), x.double(), dy.double(), d_same.double(), ours=kind == "dropout")
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+        gradients = through_and_beside(layer.float(), x, dy, d_same, ours=True)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert relative_rms(gradient, expected[name]) < (1e-6 if half is None else 1e-2), name
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.4])
+def test_the_input_handed_through_is_differentiated(lora_dropout):
+    layer = adapted(lora_dropout=lora_dropout).double()
+    x = torch.randn(4, IN).double().requires_grad_()
+
+    def function(x, A):
+        torch.manual_seed(3)
+        y, same = project(layer, x, sizes=(30, 10), through=True)
+        return *y, same.sin()
+
+    assert torch.autograd.gradcheck(function, (x, layer.lora_A["default"].weight))
+    y, same = project(layer, x, through=True)
+    assert torch.equal(same, x) and same.data_ptr() == x.data_ptr()
+    dy, d_same = torch.randn_like(y), torch.randn_like(x)
+    handed_in = d_same.clone()
+    torch.manual_seed(3)
+    (both,) = torch.autograd.grad([y, same], x, [dy, d_same], retain_graph=True)
+    assert torch.equal(d_same, handed_in)  # it may be another's as well
+    (alone,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    assert relative_rms(both, alone + d_same) < 1e-14
+    (past,) = torch.autograd.grad(same, x, d_same)
+    assert torch.equal(past, d_same)
+
+
+def test_no_sum_of_gradients_goes_over_the_input_again():
+    layer = adapted()
+    source = torch.randn(6, IN, requires_grad=True)
+
+    def names(through):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = source.bfloat16()
+            y, same = project(layer, x, through=True) if through else (project(layer, x), x)
+            read = same.sin()
+        with Operations() as operations:
+            torch.autograd.grad([y, read], source, [torch.randn_like(y), torch.randn_like(read)])
+        return [name for name in operations.names if name.startswith(("aten.add.", "aten.add_."))]
+
+    assert len(names(through=False)) == 1 and not names(through=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["not plain", "no gradient", "no gradient wanted", "input in another dtype", "compiled"]
+)
+def test_the_input_itself_where_nothing_is_added(kind, monkeypatch):
+    layer = NOT_PLAIN["dora"]() if kind == "not plain" else adapted()
+    x = torch.randn(3, IN, requires_grad=kind != "no gradient")
+    layer.train(kind != "no gradient wanted")
+    if kind == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    half = kind == "input in another dtype"
+    with torch.set_grad_enabled(kind != "no gradient wanted"), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        y, same = project(layer, x, through=True)
+        assert same is x and y.shape == (3, OUT)
+        parts, same = project(layer, x, sizes=(30, 10), through=True)
+        assert same is x and relative_rms(torch.cat(parts, dim=-1), y) < 1e-2

@@ -135,7 +135,8 @@ def scan_backward(
             tl.debug_barrier()
         if whole < steps:  # one token, and h is the state before it
             dh, sum_A, d_raw, d_skip = _group_back(
-                h, dh, sum_A, a, rates, skip, kept, u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
+                h, dh, sum_A, a, rates, skip, kept,
+                u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
                 stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
                 whole, begin, limit, bias_d, resets_c, d, d_ok,
                 N, 1, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, False,
@@ -151,12 +152,13 @@ def scan_backward(
             prefetch(sectors + ahead * distance)
             prefetch(states + ahead * (N * 4))
             if SHARED:
-                place_kept = kept + t // K * (N * 128)
+                kept_t = kept + t // K * (N * 128)
             else:
-                place_kept = kept
+                kept_t = kept
                 h = load_kept(kept + t // K * (N * 32), N)
             dh, sum_A, d_raw, d_skip = _group_back(
-                h, dh, sum_A, a, rates, skip, place_kept, u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
+                h, dh, sum_A, a, rates, skip, kept_t,
+                u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
                 stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
                 t, begin, limit, bias_d, resets_c, d, d_ok,
                 N, K, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, SHARED,

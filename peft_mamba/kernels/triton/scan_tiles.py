@@ -24,8 +24,8 @@ RESET = tl.constexpr(-1.0e30)
 QUARTERS = tl.constexpr(16)
 # What `shared_memory` sets aside for a program: of 12 programs it is all that a multiprocessor of Hopper's has.
 SHARED_BYTES = 18432
-# Triton compiles a kernel anew where a number is 1, or it or a pointer is a multiple of 16. Only those of B, C and states
-# gain by that, and lengths that differ from batch to batch would each cost seconds.
+# Triton compiles a kernel anew where a number is 1, or it or a pointer is a multiple of 16. Only pointers to B, C and
+# states gain by that, and lengths that differ from batch to batch would each cost seconds.
 NUMBERS = [
     *("length", "channels", "blocks", "offset", "segments", "split", "waves", "programs"),
     *("stride_u", "stride_delta", "stride_z", "stride_dy", "stride_du", "stride_ddelta", "stride_dz"),
