@@ -27,7 +27,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 # packed sequences with states, as in scoring, are ours in any case.
 PREFERRED_ON_CUDA: dict[str, tuple[str, ...]] = {
     "selective_scan": ("triton", "mamba_ssm"),
-    "ssd": ("mamba_ssm", "triton"),
+    "ssd": ("triton", "mamba_ssm"),
     "causal_conv1d": ("triton", "mamba_ssm"),
 }
 _CUDA_ONLY = {"triton", "mamba_ssm"}
