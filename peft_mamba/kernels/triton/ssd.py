@@ -35,7 +35,7 @@ TILE = 64 * 128
 LAUNCH = {
     "states": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
     "outputs": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "value_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
+    "value_gradients": ({"num_warps": 4, "num_stages": 1, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
     "key_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 8, "num_stages": 1}),
 }
 # A program takes up to so many heads of a chunk, which share B and C; fewer where there are too few programs for that.
@@ -254,9 +254,9 @@ class _SSD(torch.autograd.Function):
             )
             blocks = (plan.block_heads, plan.blocks)
             strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
-            direct, leaving = torch.empty_like(step), torch.empty_like(step)
+            direct, within, leaving = (torch.empty_like(step) for _ in range(3))
             kernels.value_gradients[(plan.slots * plan.groups * plan.blocks,)](
-                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, direct, leaving, dD),
+                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, direct, within, leaving, dD),
                 *(*plan.sizes, *blocks, *strides),
                 HAS_D=D is not None,
                 WITH_D=dD is not None,
@@ -265,17 +265,16 @@ class _SSD(torch.autograd.Function):
                 **plan.launch("value_gradients"),
             )
             tiles = triton.cdiv(plan.state_size, plan.key_constants["N"])
-            reading, writing = (empty(tiles, *step.shape) for _ in range(2))
-            both = empty(tiles, *through.shape)
+            reading, both = empty(tiles, *step.shape), empty(tiles, *through.shape)
             kernels.key_gradients[(2 * tiles * plan.slots * plan.groups * plan.blocks,)](
                 *(x, B, C, step, sums, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC),
-                *(reading, writing, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
+                *(reading, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
                 **plan.only("HAS_SEQ_IDX"),
                 **plan.key_constants,
                 **plan.launch("key_gradients"),
             )
             kernels.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
-                *(A, step, through, lengths, cu_seqlens, table, direct, leaving, reading, writing, both, ddt, dA),
+                *(A, step, through, lengths, cu_seqlens, table, direct, within, leaving, reading, both, ddt, dA),
                 *(plan.slots, plan.length, plan.chunks, plan.heads, tiles),
                 **plan.only("HAS_LENGTHS"),
                 H=STEP_HEADS,

@@ -274,7 +274,7 @@ def outputs(
 
 @triton.jit(do_not_specialize=VARYING)
 def value_gradients(
-    x, B, C, D, step, s, out, documents, cu_seqlens, table, g, dy, dx, direct, leaving, dD,
+    x, B, C, D, step, s, out, documents, cu_seqlens, table, g, dy, dx, direct, within, leaving, dD,
     length, chunks, heads, group_heads, block_heads, blocks,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
     HAS_D: tl.constexpr, WITH_D: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
@@ -282,7 +282,8 @@ def value_gradients(
     HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk and block_heads heads of one group, and what the chunk adds to dD. For `step_gradients`:
-    `direct`, what dt_t gets as the factor of x_t, and `leaving`, the part of it that comes from the state after."""
+    `direct`, what dt_t gets as the factor of x_t, `leaving`, the part of it that comes from the state after, and
+    `within`, what s_t gets out of other tokens of the chunk, less what they get out of t."""
     slot, group, _, begin, end = heads_of(tl.program_id(0), heads, group_heads, block_heads, blocks)
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
@@ -305,8 +306,15 @@ def value_gradients(
         for head in range(begin, end):
             mine = slot.to(tl.int64) * heads + head
             gradient = g + mine * HEAD_SIZE * STATE_SIZE
-            values = load_tile(x + head * x_head, q, x_token, real, p, HEAD_SIZE).to(tl.float32)
-            douts = load_tile(dy + head * y_head, q, y_token, real, p, HEAD_SIZE)
+            values = load_tile(x + head * x_head, q, x_token, real, p, HEAD_SIZE)
+            douts = load_tile(dy + head * y_head, q, y_token, real, p, HEAD_SIZE).to(DOT)
+            sizes = tl.load(step + mine * Q + q)
+            weights = scores * decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, True)
+            # In float32, and without a token's pair with itself: the sums are of what largely cancels out.
+            pairs = tl.dot(values.to(DOT), tl.trans(douts), input_precision=INPUT) * weights * sizes[:, None]
+            pairs = tl.where(q[:, None] < q[None, :], pairs, 0.0)
+            tl.store(within + mine * Q + q, tl.sum(pairs, 0) - tl.sum(pairs, 1))
+            weights = weights.to(DOT)
             after = tl.zeros([Q, P], tl.float32)  # g B_t
             for k in range(TILES):
                 if TILES > 1:
@@ -314,15 +322,14 @@ def value_gradients(
                 columns = load_tile(gradient, p, STATE_SIZE, in_head, k * N + n, STATE_SIZE).to(DOT)
                 after = tl.dot(keys, tl.trans(columns), acc=after, input_precision=INPUT)
             after *= tl.load(out + mine * Q + q)[:, None]
-            tl.store(leaving + mine * Q + q, tl.sum(values * after, 1))
-            weights = scores * decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, True)
-            dvalues = tl.dot(weights.to(DOT), douts.to(DOT), acc=after, input_precision=INPUT)
-            tl.store(direct + mine * Q + q, tl.sum(dvalues * values, 1))
-            dvalues *= tl.load(step + mine * Q + q)[:, None]
+            tl.store(leaving + mine * Q + q, tl.sum(values.to(tl.float32) * after, 1))
+            dvalues = tl.dot(weights, douts, acc=after, input_precision=INPUT)
+            tl.store(direct + mine * Q + q, tl.sum(dvalues * values.to(tl.float32), 1))
+            dvalues *= sizes[:, None]
             if HAS_D:
                 dvalues += douts.to(tl.float32) * tl.load(D + head)
             if WITH_D:
-                tl.store(dD + mine, tl.sum(douts.to(tl.float32) * values))
+                tl.store(dD + mine, tl.sum(douts.to(tl.float32) * values.to(tl.float32)))
             store_tile(dx + head * HEAD_SIZE, q, heads * HEAD_SIZE, real, p, in_head, dvalues)
     elif WITH_D:
         for head in range(begin, end):
@@ -331,7 +338,7 @@ def value_gradients(
 
 @triton.jit
 def one_key_gradient(
-    x, dy, own, other, scale, step, s, documents, state, gradient, exponent, both,
+    x, dy, own, other, scale, step, s, documents, state, gradient, reading, both,
     slot, part, heads, begin, end, q, real, n, x_token, x_head, y_token, y_head, own_token, other_token,
     BACK: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
@@ -349,7 +356,6 @@ def one_key_gradient(
         sizes = tl.load(step + mine * Q + q)
         factor = tl.load(scale + mine * Q + q)
         pairs = tl.dot(douts, tl.trans(values), input_precision=INPUT)
-        # Rounded alike for dC and dB: a token's pair with itself is in both, and s_t gets nothing out of it.
         pairs *= decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, BACK)
         if BACK:
             pairs *= sizes[:, None]
@@ -360,24 +366,24 @@ def one_key_gradient(
             opposite = load_tile(at, p, STATE_SIZE, p < HEAD_SIZE, n, STATE_SIZE).to(tl.float32)
             tl.store(both + part + mine, tl.sum(opposite * columns.to(tl.float32)))
         added = tl.dot(douts, columns.to(DOT), input_precision=INPUT) * factor[:, None]
-        added = tl.dot(pairs.to(DOT), keys, acc=added, input_precision=INPUT)
-        total += added
-        ours = load_tile(own, q, own_token, real, n, STATE_SIZE).to(tl.float32)
-        tl.store(exponent + (part + mine) * Q + q, tl.sum(ours * added, 1))
+        if not BACK:
+            ours = load_tile(own, q, own_token, real, n, STATE_SIZE).to(tl.float32)
+            tl.store(reading + (part + mine) * Q + q, tl.sum(ours * added, 1))
+        total = tl.dot(pairs.to(DOT), keys, acc=total + added, input_precision=INPUT)
     return total
 
 
 @triton.jit(do_not_specialize=VARYING)
 def key_gradients(
-    x, B, C, step, s, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC, reading, writing, both,
+    x, B, C, step, s, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC, reading, both,
     batch, slots, length, chunks, heads, group_heads, block_heads, blocks,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
     HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """What block_heads heads of one group add to dC or dB of one chunk in a tile of N columns; one program after the
-    other, as both read the same. For `step_gradients`, of these columns: C_t·dC_t and B_t·dB_t of every head, which
-    is what s_t gets out of all that t reads, and loses by all that reads t; and the product of h and g."""
+    other, as both read the same. For `step_gradients`, of these columns and every head: what s_t gets out of the state
+    before, which is C_t times the part of dC_t from there; and the product of h and g."""
     back, program = tl.program_id(0) % 2, tl.program_id(0) // 2
     tiles = tl.cdiv(STATE_SIZE, N)
     tile = program % tiles
@@ -402,7 +408,7 @@ def key_gradients(
             store_tile(dC + at, q, groups * STATE_SIZE, real, n, n < STATE_SIZE, total)
         else:
             total = one_key_gradient(
-                dy, x, B, C, out, step, s, documents, g, h, writing, both,
+                dy, x, B, C, out, step, s, documents, g, h, reading, both,
                 slot, part, heads, begin, end, q, real, n, y_token, y_head, x_token, x_head, b_token, c_token,
                 True, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
             )  # fmt: skip
@@ -411,7 +417,7 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=VARYING)
 def step_gradients(
-    A, step, through, lengths, cu_seqlens, table, direct, leaving, reading, writing, both, ddt, dA,
+    A, step, through, lengths, cu_seqlens, table, direct, within, leaving, reading, both, ddt, dA,
     slots, length, chunks, heads, tiles,
     HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
@@ -425,19 +431,17 @@ def step_gradients(
     if first < stop:
         q, t, here, real = tokens_of(first, stop, Q)
         at, inside = mine[None, :] * Q + q[:, None], there[None, :]
-        exponent = tl.zeros([Q, H], tl.float32)
+        exponent = tl.load(within + at, mask=inside, other=0.0)
         kept = tl.zeros([H], tl.float32)
         for k in range(tiles):
             part = slots.to(tl.int64) * heads * k
             exponent += tl.load(reading + part * Q + at, mask=inside, other=0.0)
-            exponent -= tl.load(writing + part * Q + at, mask=inside, other=0.0)
             kept += tl.load(both + part + mine, mask=there, other=0.0)
         kept *= tl.load(through + mine, mask=there, other=0.0)
         sizes = tl.load(step + at, mask=inside, other=0.0)
         left = tl.load(leaving + at, mask=inside, other=0.0) * sizes
-        # a_t is in s_t and the later exponents, and in the state after, of which tokens from t on write a part without
-        # it: `writing` has taken that from their exponents, so that the whole state is added here.
-        gradient = tl.cumsum(exponent, 0, reverse=True) + (tl.sum(left, 0) + kept)[None, :]
+        # a_t is in the exponents of all that passes token t: s_t and later, what leaves earlier, and the state.
+        gradient = tl.cumsum(exponent, 0, reverse=True) + (tl.cumsum(left, 0) - left) + kept[None, :]
         da = tl.sum(gradient * sizes, 0)
         gradient *= tl.load(A + head, mask=there, other=0.0)[None, :]
         gradient += tl.load(direct + at, mask=inside, other=0.0)
