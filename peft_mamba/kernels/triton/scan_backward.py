@@ -8,33 +8,29 @@ import triton
 import triton.language as tl
 
 from .elementwise import LN2, sigmoid
-from .scan_tiles import (
-    advance,
-    channels_of,
-    decay_rates,
-    exchange,
-    first_checkpoint,
+from .scan_memory import (
     keep,
     keep_shared,
-    kernel,
     load,
     load_kept,
     load_shared,
-    load_tiles,
-    no_state,
-    own,
-    penalty,
-    place,
     prefetch,
-    program_of,
     row_sectors,
     scratch_offsets,
     shared_memory,
-    state_pairs,
     state_sectors,
+)
+from .scan_programs import channels_of, first_checkpoint, kernel, penalty, place, program_of, step_size
+from .scan_tiles import (
+    advance,
+    decay_rates,
+    exchange,
+    load_tiles,
+    no_state,
+    own,
+    state_pairs,
     state_tiles,
     states_at,
-    step_size,
     store_sums,
     store_tiles,
     sums_at,

@@ -4,31 +4,18 @@ import triton
 import triton.language as tl
 
 from .elementwise import sigmoid
+from .scan_memory import fetch, keep, load, prefetch, row_sectors, scratch_offsets, state_sectors, values
+from .scan_programs import channels_of, first_checkpoint, kernel, penalty, place, program_of, step_size
 from .scan_tiles import (
     advance,
-    channels_of,
     decay_rates,
-    fetch,
-    first_checkpoint,
-    keep,
-    kernel,
-    load,
     load_tiles,
     no_state,
     over_states,
-    penalty,
-    place,
-    prefetch,
-    program_of,
-    row_sectors,
-    scratch_offsets,
     state_pairs,
-    state_sectors,
     state_tiles,
     states_at,
-    step_size,
     store_tiles,
-    values,
 )
 
 

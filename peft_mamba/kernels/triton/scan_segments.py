@@ -7,21 +7,16 @@ time and, for gradients, against it; `scan_chain` joins those into what each sta
 import triton.language as tl
 
 from .elementwise import sigmoid
+from .scan_programs import RESET, channels_of, kernel, place, program_of, step_size
 from .scan_tiles import (
-    RESET,
     advance,
-    channels_of,
     decay_rates,
-    kernel,
     load_states_inside,
     load_tiles,
     no_state,
-    place,
-    program_of,
     spread,
     state_tiles,
     states_at,
-    step_size,
     store_tiles,
 )
 

@@ -19,8 +19,8 @@ from ..reference import Tensor, check_packed, first_of_document
 from .common import BY_PTX
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
+from .scan_memory import SHARED_BYTES
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
-from .scan_tiles import SHARED_BYTES
 from .step import is_step, selective_step
 
 # Channels of a program: the lanes of its one warp.

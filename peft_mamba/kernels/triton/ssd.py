@@ -1,4 +1,4 @@
-"""Mamba-2's scan in Triton, forward and backward; shapes and meanings as in `reference`, the kernels in `ssd_kernels`.
+"""Mamba-2's scan in Triton, forward and backward; shapes and meanings as in `reference`.
 
 Backward keeps the inputs alone and recomputes the states between chunks, which are larger than all of them. bfloat16
 is multiplied in bfloat16, as the tensor cores do, and summed in float32. float16 is multiplied in TF32, which has its
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..reference import check_packed
-from . import ssd_kernels as kernels
+from . import ssd_backward, ssd_chunks, ssd_forward
 from .common import Tensor, interpreted, row_strides
 from .step import is_step, ssd_step
 
@@ -144,12 +144,12 @@ class _Plan(NamedTuple):
         if cu_seqlens is None:
             return None
         table = torch.full((self.slots,), -1, dtype=torch.int32, device=cu_seqlens.device)
-        kernels.chunk_table[(self.sequences,)](cu_seqlens, table, Q=self.described["Q"], num_warps=1)
+        ssd_chunks.chunk_table[(self.sequences,)](cu_seqlens, table, Q=self.described["Q"], num_warps=1)
         return table
 
 
 class _Steps(NamedTuple):
-    """What `kernels.steps` makes of dt and A: (slots, H, Q) each, but `through` (slots, H), `documents` (slots, Q)."""
+    """What `ssd_chunks.steps` makes of dt and A: (slots, H, Q), but `through` (slots, H) and `documents` (slots, Q)."""
 
     step: Tensor
     sums: Tensor
@@ -168,7 +168,7 @@ class _Steps(NamedTuple):
         documents = None
         if seq_idx is not None:
             documents = torch.empty(plan.slots, shape[2], dtype=torch.int32, device=dt.device)
-        kernels.steps[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
+        ssd_chunks.steps[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
             *(dt, A, lengths, seq_idx, cu_seqlens, table, step, sums, into, out, through, documents),
             *(plan.length, plan.chunks, plan.heads),
             **plan.described,
@@ -184,7 +184,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 def _states(plan: _Plan, steps: _Steps, x, B, initial_state, cu_seqlens, h, final_state) -> None:
     constants, tiles = plan.state_tiles()
-    kernels.states[(plan.sequences * plan.heads * tiles,)](
+    ssd_forward.states[(plan.sequences * plan.heads * tiles,)](
         *(x, B, steps.step, steps.out, steps.through, initial_state, cu_seqlens, h, final_state),
         *(*plan.sizes, *_strides(x), *_strides(B)),
         HAS_INITIAL=initial_state is not None,
@@ -203,7 +203,7 @@ def _forward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, ret
         h, table = plan.states(x), plan.table(cu_seqlens)
         steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
         _states(plan, steps, x, B, initial_state, cu_seqlens, h, final_state)
-        kernels.outputs[(plan.slots * plan.groups * plan.blocks,)](
+        ssd_forward.outputs[(plan.slots * plan.groups * plan.blocks,)](
             *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents, cu_seqlens, table, h, y),
             *(*plan.sizes, plan.block_heads, plan.blocks, *_strides(x), *_strides(B), *_strides(C)),
             HAS_D=D is not None,
@@ -244,7 +244,7 @@ class _SSD(torch.autograd.Function):
             step, sums, into, out, through, documents = steps
             _states(plan, steps, x, B, initial_state, cu_seqlens, h, None)
             constants, tiles = plan.state_tiles()
-            kernels.state_gradients[(plan.sequences * plan.heads * tiles,)](
+            ssd_backward.state_gradients[(plan.sequences * plan.heads * tiles,)](
                 *(dy, C, into, through, None if dfinal is None else dfinal.contiguous(), cu_seqlens, g, dinitial),
                 *(*plan.sizes, *_strides(dy), *_strides(C)),
                 HAS_FINAL=dfinal is not None,
@@ -255,7 +255,7 @@ class _SSD(torch.autograd.Function):
             blocks = (plan.block_heads, plan.blocks)
             strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
             direct, within, leaving = (torch.empty_like(step) for _ in range(3))
-            kernels.value_gradients[(plan.slots * plan.groups * plan.blocks,)](
+            ssd_backward.value_gradients[(plan.slots * plan.groups * plan.blocks,)](
                 *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, direct, within, leaving, dD),
                 *(*plan.sizes, *blocks, *strides),
                 HAS_D=D is not None,
@@ -266,14 +266,14 @@ class _SSD(torch.autograd.Function):
             )
             tiles = triton.cdiv(plan.state_size, plan.key_constants["N"])
             reading, both = empty(tiles, *step.shape), empty(tiles, *through.shape)
-            kernels.key_gradients[(2 * tiles * plan.slots * plan.groups * plan.blocks,)](
+            ssd_backward.key_gradients[(2 * tiles * plan.slots * plan.groups * plan.blocks,)](
                 *(x, B, C, step, sums, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC),
                 *(reading, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
                 **plan.only("HAS_SEQ_IDX"),
                 **plan.key_constants,
                 **plan.launch("key_gradients"),
             )
-            kernels.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
+            ssd_backward.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
                 *(A, step, through, lengths, cu_seqlens, table, direct, within, leaving, reading, both, ddt, dA),
                 *(plan.slots, plan.length, plan.chunks, plan.heads, tiles),
                 **plan.only("HAS_LENGTHS"),

@@ -1,0 +1,161 @@
+"""How the kernels of the selective scan come to what is in memory: loads ahead of their use, prefetches, and states
+that are kept for a while in shared memory."""
+
+import triton
+import triton.language as tl
+
+from .common import BY_PTX
+
+# What `shared_memory` sets aside for a program: of 12 programs it is all that a multiprocessor of Hopper's has.
+SHARED_BYTES = 18432
+
+
+@triton.jit
+def load(pointer, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer, mask=mask, other=0.0)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def fetch(pointer, mask, MASKED: tl.constexpr):
+    """`load` for a value that is needed some turns of the loop later: of half precision its bits, see `value`.
+
+    Carried around a loop as 16 bits, two values would be packed into one register, and packing waits for the load. Of
+    what comes from inline assembly the compiler cannot tell that 16 bits hold it.
+    """
+    if BY_PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        if MASKED:
+            asm: tl.constexpr = """{
+                .reg .pred inside;
+                setp.ne.s32 inside, $2, 0;
+                mov.u32 $0, 0;
+                @inside ld.global.nc.u16 $0, [$1];
+            }"""
+            return tl.inline_asm_elementwise(asm, "=&r,l,r", [pointer, mask.to(tl.int32)], tl.int32, True, 1)
+        else:
+            return tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [pointer], tl.int32, True, 1)
+    else:
+        return load(pointer, mask, MASKED)
+
+
+@triton.jit
+def value(fetched, pointer):
+    """What `fetch` brought from `pointer`, in float32."""
+    if BY_PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        if pointer.dtype.element_ty == tl.bfloat16:
+            return (fetched << 16).to(tl.float32, bitcast=True)
+        else:
+            return fetched.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return fetched.to(tl.float32)
+
+
+@triton.jit
+def values(fetched, pointer, K: tl.constexpr):
+    """A tuple of K."""
+    floats = ()
+    for k in tl.static_range(K):
+        floats = floats + (value(fetched[k], pointer),)
+    return floats
+
+
+@triton.jit
+def prefetch(addresses):
+    """Ask for the 32 bytes at each of these addresses (int64) to be in the L1 cache soon; nothing waits for them.
+
+    A load that is issued one turn of a loop ahead needs a register all through the loop's body; where there are none
+    left, the value goes to the stack at once, which waits for it.
+    """
+    if BY_PTX:
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], tl.int32, False, 1)
+
+
+@triton.jit
+def row_sectors(
+    u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels,
+    K: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr, MASK_D: tl.constexpr,
+):  # fmt: skip
+    """What to `prefetch` of K rows, at most 4, and the distance in bytes to what is one row further, one a lane."""
+    tensor = tl.arange(0, 32) // 8
+    address, distance = _two_of_each_row(u, stride_u, block, channels, K, MASK_D)
+    other, step = _two_of_each_row(delta, stride_delta, block, channels, K, MASK_D)
+    address, distance = tl.where(tensor == 1, other, address), tl.where(tensor == 1, step, distance)
+    if HAS_DY:
+        other, step = _two_of_each_row(dy, stride_dy, block, channels, K, MASK_D)
+        address, distance = tl.where(tensor == 2, other, address), tl.where(tensor == 2, step, distance)
+    if HAS_Z:
+        other, step = _two_of_each_row(z, stride_z, block, channels, K, MASK_D)
+        address, distance = tl.where(tensor == 3, other, address), tl.where(tensor == 3, step, distance)
+    return address, distance
+
+
+@triton.jit
+def _two_of_each_row(tensor, stride, block, channels, K: tl.constexpr, MASK_D: tl.constexpr):
+    """Address and distance for each of 8 lanes: two sectors in each of K rows of a block of channels."""
+    size: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
+    lane = tl.arange(0, 32)
+    channel = block * 32 + lane % 2 * 16
+    if MASK_D:
+        channel = tl.minimum(channel, channels - 1)
+    distance = tl.full([32], stride, tl.int64) * size
+    return tensor.to(tl.int64) + channel * size + (lane // 2 % K) * distance, distance
+
+
+@triton.jit
+def state_sectors(B, C, K: tl.constexpr, N: tl.constexpr):
+    """Addresses of the sectors of K rows of B, and of C: the first 16 of each."""
+    lane = tl.arange(0, 32)
+    last: tl.constexpr = K * N // 8 - 1
+    return tl.where(lane < 16, B.to(tl.int64), C.to(tl.int64)) + tl.minimum(lane % 16, last) * 32
+
+
+@triton.jit
+def shared_memory():
+    """The address of SHARED_BYTES of this program's own, which `keep_shared` and `load_shared` take.
+
+    Triton has shared memory for its own ends alone. Through global memory, states that are kept for a short while go to
+    the L2 cache and, from all programs together, on to DRAM: with that, they are what backward waits for.
+    """
+    asm: tl.constexpr = "{ .shared .align 16 .b8 states[18432]; mov.u32 $0, states; }"
+    return tl.inline_asm_elementwise(asm, "=r,r", [0], tl.int32, False, 1)
+
+
+@triton.jit
+def keep_shared(address, tiles, N: tl.constexpr):
+    """A state at `address`, N · 128 bytes of it."""
+    at = address + (tl.arange(0, 32)[None, :] + tl.arange(0, N // 4)[:, None] * 32) * 4
+    for c in tl.static_range(4):
+        tl.inline_asm_elementwise(
+            "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at + c * (N * 32), tiles[c]], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def load_shared(address, i: tl.constexpr, N: tl.constexpr):
+    """Tile i of a state there."""
+    at = address + (tl.arange(0, 32)[None, :] + tl.arange(0, N // 4)[:, None] * 32) * 4
+    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at + i * (N * 32)], tl.float32, False, 1)
+
+
+@triton.jit
+def scratch_offsets(N: tl.constexpr):
+    """Of the first tile of a state as kernels keep it for each other; the others lie N · 8 further each."""
+    return (tl.arange(0, 32) * (N // 4))[None, :] + tl.arange(0, N // 4)[:, None]
+
+
+@triton.jit
+def load_kept(pointers, N: tl.constexpr):
+    return (
+        tl.load(pointers),
+        tl.load(pointers + N * 8),
+        tl.load(pointers + N * 16),
+        tl.load(pointers + N * 24),
+    )
+
+
+@triton.jit
+def keep(pointers, tiles, N: tl.constexpr):
+    for c in tl.static_range(4):
+        tl.store(pointers + c * (N * 8), tiles[c])

@@ -1,0 +1,99 @@
+"""Mamba-2's scan forward, see `ssd_chunks`.
+
+`states` walks through the chunks of a sequence, `outputs` takes every chunk by itself, several heads of a group one
+after the other, which share B and C.
+"""
+# mypy: ignore-errors
+# (Triton's language shares Python's syntax, not its types.)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .ssd_chunks import (
+    VARYING,
+    decay_between,
+    heads_of,
+    load_tile,
+    sequence_bounds,
+    slot_bounds,
+    state_tile,
+    store_tile,
+    tokens_of,
+)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def states(
+    x, B, step, out, through, initial, cu_seqlens, h, final,
+    length, chunks, heads, group_heads, x_row, x_token, x_head, b_row, b_token, b_group,
+    HAS_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """h before each chunk of a sequence and head, and after the last one; P and N are tiles of the state."""
+    sequence, head, p, n, at, inside = state_tile(heads, HEAD_SIZE, STATE_SIZE, P, N)
+    row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
+    x += row * x_row + head * x_head
+    B += row * b_row + (head // group_heads) * b_group
+    size = HEAD_SIZE * STATE_SIZE
+    state = tl.zeros([P, N], tl.float32)
+    if HAS_INITIAL:
+        state += tl.load(initial + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
+    for i in range(tl.cdiv(stop - start, Q)):
+        q, t, here, real = tokens_of(start + i * Q, stop, Q)
+        mine = (slot + i) * heads + head
+        tl.store(h + mine * size + at, state.to(h.dtype.element_ty), mask=inside)
+        kept = tl.load(through + mine)
+        weights = tl.load(step + mine * Q + q) * tl.load(out + mine * Q + q)
+        values = load_tile(x + here * x_token, q, x_token, real, p, HEAD_SIZE).to(tl.float32) * weights[:, None]
+        keys = load_tile(B + here * b_token, q, b_token, real, n, STATE_SIZE)
+        state = tl.dot(tl.trans(values.to(DOT)), keys.to(DOT), acc=state * kept, input_precision=INPUT)
+    if WITH_FINAL:
+        tl.store(final + (sequence.to(tl.int64) * heads + head) * size + at, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def outputs(
+    x, B, C, D, step, s, into, documents, cu_seqlens, table, h, y,
+    length, chunks, heads, group_heads, block_heads, blocks,
+    x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group,
+    HAS_D: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk and block_heads heads of one group; N is one of TILES tiles of the state's columns."""
+    slot, group, _, begin, end = heads_of(tl.program_id(0), heads, group_heads, block_heads, blocks)
+    row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
+    if first < stop:
+        q, t, here, real = tokens_of(first, stop, Q)
+        p, n = tl.arange(0, P), tl.arange(0, N)
+        in_head = p < HEAD_SIZE
+        B += row * b_row + here * b_token + group * b_group
+        C += row * c_row + here * c_token + group * c_group
+        x += row * x_row + here * x_token
+        y += (row * length + here) * heads * HEAD_SIZE
+        queries = load_tile(C, q, c_token, real, n, STATE_SIZE).to(DOT)
+        TILES: tl.constexpr = (STATE_SIZE + N - 1) // N
+        scores = tl.zeros([Q, Q], tl.float32)
+        for k in range(TILES):
+            if TILES > 1:
+                queries = load_tile(C, q, c_token, real, k * N + n, STATE_SIZE).to(DOT)
+            keys = load_tile(B, q, b_token, real, k * N + n, STATE_SIZE).to(DOT)
+            scores = tl.dot(queries, tl.trans(keys), acc=scores, input_precision=INPUT)
+        for head in range(begin, end):
+            mine = slot.to(tl.int64) * heads + head
+            state = h + mine * HEAD_SIZE * STATE_SIZE
+            sums = tl.zeros([Q, P], tl.float32)
+            for k in range(TILES):
+                if TILES > 1:
+                    queries = load_tile(C, q, c_token, real, k * N + n, STATE_SIZE).to(DOT)
+                columns = load_tile(state, p, STATE_SIZE, in_head, k * N + n, STATE_SIZE).to(DOT)
+                sums = tl.dot(queries, tl.trans(columns), acc=sums, input_precision=INPUT)
+            sums *= tl.load(into + mine * Q + q)[:, None]
+            weights = scores * decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, False)
+            weights *= tl.load(step + mine * Q + q)[None, :]
+            values = load_tile(x + head * x_head, q, x_token, real, p, HEAD_SIZE)
+            sums = tl.dot(weights.to(DOT), values.to(DOT), acc=sums, input_precision=INPUT)
+            if HAS_D:
+                sums += values.to(tl.float32) * tl.load(D + head)
+            store_tile(y + head * HEAD_SIZE, q, heads * HEAD_SIZE, real, p, in_head, sums)
