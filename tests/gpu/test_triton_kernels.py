@@ -75,12 +75,14 @@ def test_scan(dtype, kind, initial, monkeypatch):
         compare(run_scan, "ssd", inputs, rows, dtype, "cuda")
 
 
-@pytest.mark.parametrize("head_size, state_size", [(16, 16), (32, 256), (128, 64)])
-def test_scan_of_other_sizes(head_size, state_size):
+@pytest.mark.parametrize("kind", ["documents", "packed"])
+@pytest.mark.parametrize("heads, head_size, state_size", [(4, 16, 16), (8, 16, 32), (4, 32, 256), (4, 128, 64)])
+def test_scan_of_other_sizes(heads, head_size, state_size, kind):
     for dtype in (FLOAT32, BFLOAT16):
         for seed, length in enumerate((1, 64, 150)):
             torch.manual_seed(seed)
-            compare(run_scan, "ssd", *ssd_case("documents", 2, length, 4, 2, head_size, state_size), dtype, "cuda")
+            groups = 1 if seed % 2 else 2
+            compare(run_scan, "ssd", *ssd_case(kind, 2, length, heads, groups, head_size, state_size), dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
