@@ -23,6 +23,7 @@ from lm_eval.api.registry import register_model
 
 from lm_eval_mamba.precisions import REQUEST, Precisions, scorers
 from lm_eval_mamba.scoring.lm import PrefixTreeLM
+from lm_eval_mamba.scoring.processes import Processes
 from peft_mamba import checkpoints
 from peft_mamba import kernels as mamba_kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
@@ -158,6 +159,8 @@ class MambaAMP(PrefixTreeLM):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         scorers.add(self)
         plain = self._plain_because()
+        if self.world_size > 1 and plain is None:
+            self._processes = Processes(self.rank, self.world_size)
         if self.rank == 0:
             logger.info("requests %s", "share their prefixes" if plain is None else f"stand alone ({plain})")
             logger.info("precision %s", self.precision)

@@ -22,6 +22,7 @@ from peft_mamba.nonfinite import NonFiniteError
 from .budget import Budget, parse_bytes
 from .encoding import encoded_pairs
 from .generation import GreedyGenerator
+from .processes import Processes
 from .scorer import Answer, NaNScore, PrefixScorer, Work
 
 logger = logging.getLogger(f"lm_eval.{__name__}")
@@ -48,6 +49,7 @@ class PrefixTreeLM(HFLM):
 
     work: Work | None = None
     accelerator: Any
+    _processes: Processes | None = None
 
     def _set_scoring(self, scoring: str, state_budget: str | int | None, batch_tokens: int | None) -> None:
         """Check and keep the arguments that say how requests are scored; before the model is loaded.
@@ -116,24 +118,31 @@ class PrefixTreeLM(HFLM):
         return self._by_tree(requests, disable_tqdm)
 
     def _by_tree(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool) -> list[Answer]:
-        answers: list[Any] = [None] * len(requests)
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        own = self._truncated(requests)
+        # A process that finds answers in its cache asks for less than others, or for nothing.
+        processes = None if self.cache_hook.dbdict is not None else self._processes
+        share = None if processes is None else processes.share(own)
+        found: list[Any] = [None] * len(own if share is None else share.requests)
+        bar = tqdm(total=len(found), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
 
         def answered(number: int, answer: Answer) -> None:
-            answers[number] = answer
-            text = requests[number][0]
-            if text is not None:  # a window of loglikelihood_rolling, which is stored as a whole
-                self.cache_hook.add_partial("loglikelihood", text, answer)
+            found[number] = answer
+            if share is None:
+                self._remember(requests[number][0], answer)
             bar.update(1)
 
         scorer = PrefixScorer(self._base_model(), self.device, self._find_budget())
         with bar, torch.no_grad(), self._computing():
             try:
-                scorer.score(self._truncated(requests), answered)
+                scorer.score(own if share is None else share.requests, answered)
             except NaNScore as error:
                 raise self._nan_in(error.tokens) from error
         self.work = scorer.work
-        return answers
+        return found if processes is None or share is None else processes.answers(share, found)
+
+    def _remember(self, text: Any, answer: Answer) -> None:
+        if text is not None:  # a window of loglikelihood_rolling, which is stored as a whole
+            self.cache_hook.add_partial("loglikelihood", text, answer)
 
     def _truncated(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[list[int], int]]:
         """(tokens, length of the continuation): cut from the left to what the model may see, as HFLM does."""
