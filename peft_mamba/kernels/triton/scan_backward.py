@@ -199,7 +199,7 @@ def _group_back(
     gs, gates = _pairs(dy + row * stride_dy, z + row * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D)
     bs, cs = state_pairs(B + row * N + states_at(N), C + row * N + states_at(N), True, K, N, False)
     steps, slopes, inputs, outs, for_gates, penalties = (), (), (), (), (), ()
-    # Of each token: sums over a lane's states of four quantities, of the tiles so far, and over its channels of two.
+    # Of each token: sums over a lane's states of three quantities, of the tiles so far, and over its channels of two.
     ys, from_inputs, from_decays, for_B, for_C = (), (), (), (), ()
     nothing = tl.zeros([32], tl.float32)
     for k in tl.static_range(K):
