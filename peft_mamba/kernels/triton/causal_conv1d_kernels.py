@@ -71,8 +71,10 @@ def forward(
                 if HAS_SEQ_IDX:  # what lies before a row belongs to its first document
                     before = before & (tl.load(seq_idx + row * length) == document)
                 at = (sequence * (WIDTH - 1) + place + WIDTH - 1 - back) * channels
-                tap = tl.load(initial + at[:, None] + d[None, :], mask=before[:, None] & in_width[None, :], other=0.0)
-                sums += tap.to(tl.float32) * w[None, :]
+                earlier = tl.load(
+                    initial + at[:, None] + d[None, :], mask=before[:, None] & in_width[None, :], other=0.0
+                )
+                sums += earlier.to(tl.float32) * w[None, :]
     if SILU:
         sums *= tl.sigmoid(sums)
     y += (row * length + first) * channels

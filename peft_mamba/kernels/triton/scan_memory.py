@@ -25,7 +25,7 @@ def fetch(pointer, mask, MASKED: tl.constexpr):
     Carried around a loop as 16 bits, two values would be packed into one register, and packing waits for the load. Of
     what comes from inline assembly the compiler cannot tell that 16 bits hold it.
     """
-    if BY_PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+    if BY_PTX and pointer.dtype.element_ty != tl.float32:
         if MASKED:
             asm: tl.constexpr = """{
                 .reg .pred inside;
@@ -43,7 +43,7 @@ def fetch(pointer, mask, MASKED: tl.constexpr):
 @triton.jit
 def value(fetched, pointer):
     """What `fetch` brought from `pointer`, in float32."""
-    if BY_PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+    if BY_PTX and pointer.dtype.element_ty != tl.float32:
         if pointer.dtype.element_ty == tl.bfloat16:
             return (fetched << 16).to(tl.float32, bitcast=True)
         else:
@@ -94,13 +94,12 @@ def row_sectors(
 @triton.jit
 def _two_of_each_row(tensor, stride, block, channels, K: tl.constexpr, MASK_D: tl.constexpr):
     """Address and distance for each of 8 lanes: two sectors in each of K rows of a block of channels."""
-    size: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
     lane = tl.arange(0, 32)
     channel = block * 32 + lane % 2 * 16
     if MASK_D:
         channel = tl.minimum(channel, channels - 1)
-    distance = tl.full([32], stride, tl.int64) * size
-    return tensor.to(tl.int64) + channel * size + (lane // 2 % K) * distance, distance
+    distance = tl.zeros([32], tl.int64) + ((tensor + stride).to(tl.int64) - tensor.to(tl.int64))
+    return (tensor + channel).to(tl.int64) + (lane // 2 % K) * distance, distance
 
 
 @triton.jit
