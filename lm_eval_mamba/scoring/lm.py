@@ -122,7 +122,8 @@ class PrefixTreeLM(HFLM):
         # A process that finds answers in its cache asks for less than others, or for nothing.
         processes = None if self.cache_hook.dbdict is not None else self._processes
         share = None if processes is None else processes.share(own)
-        found: list[Any] = [None] * len(own if share is None else share.requests)
+        todo = own if share is None else share.requests
+        found: list[Any] = [None] * len(todo)
         bar = tqdm(total=len(found), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
 
         def answered(number: int, answer: Answer) -> None:
@@ -134,7 +135,7 @@ class PrefixTreeLM(HFLM):
         scorer = PrefixScorer(self._base_model(), self.device, self._find_budget())
         with bar, torch.no_grad(), self._computing():
             try:
-                scorer.score(own if share is None else share.requests, answered)
+                scorer.score(todo, answered)
             except NaNScore as error:
                 raise self._nan_in(error.tokens) from error
         self.work = scorer.work

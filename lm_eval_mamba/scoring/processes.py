@@ -7,17 +7,18 @@ in the tree, and they tell each other the answers.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch.distributed as dist
 
 from .scorer import Answer
+from .tree import shared
 
 logger = logging.getLogger(f"lm_eval.{__name__}")
 
@@ -70,7 +71,9 @@ class Processes:
         everything: list = [None] * self.count
         counts = np.array([count for _, count in requests], dtype=np.int64)
         lengths = np.array([len(tokens) for tokens, _ in requests], dtype=np.int64)
-        tokens = np.fromiter(chain.from_iterable(tokens for tokens, _ in requests), np.uint32, int(lengths.sum()))
+        tokens = np.fromiter(
+            itertools.chain.from_iterable(tokens for tokens, _ in requests), np.uint32, int(lengths.sum())
+        )
         dist.all_gather_object(everything, (counts, lengths, tokens))
         sequences = [
             sequence
@@ -127,19 +130,13 @@ def divide(sequences: Sequence[np.ndarray], parts: int) -> np.ndarray:
     """
     keys = [sequence.astype(">u4").tobytes() for sequence in sequences]
     order = sorted(set(keys))
-    lengths = np.array([len(key) // 4 for key in order], dtype=np.int64)
-    shared = np.array([0] + [_shared(a, b) for a, b in zip(order[:-1], order[1:], strict=True)], dtype=np.int64)
-    before = np.concatenate([[0], np.cumsum(lengths - shared[: len(lengths)])])
-    twice = np.append(shared[: len(lengths)], 0)
+    tokens = [np.frombuffer(key, np.uint32) for key in order]
+    # A cut before a sequence runs twice what it shares with the one before it.
+    twice = np.zeros(len(tokens) + 1, np.int64)
+    twice[1:-1] = [shared(a, b) for a, b in itertools.pairwise(tokens)]
+    before = np.concatenate([[0], np.cumsum([len(each) for each in tokens] - twice[:-1])])
     cuts = [int(np.argmin(abs(before - before[-1] * part / parts) + twice)) for part in range(1, parts)]
     part_of = dict(
         zip(order, np.searchsorted(np.sort(cuts), np.arange(len(order)), side="right").tolist(), strict=True)
     )
     return np.array([part_of[key] for key in keys], dtype=np.int64)
-
-
-def _shared(a: bytes, b: bytes) -> int:
-    """Tokens, of four bytes, that both start with."""
-    length = min(len(a), len(b))
-    different = np.frombuffer(a[:length], np.uint32) != np.frombuffer(b[:length], np.uint32)
-    return int(different.argmax()) if different.any() else length // 4

@@ -89,9 +89,9 @@ def _key(sequence: Sequence[int]) -> bytes:
     return tokens.tobytes()
 
 
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens that both start with, of each at most all but its last."""
-    length = min(len(a), len(b)) - 1
+def shared(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that both start with."""
+    length = min(len(a), len(b))
     different = a[:length] != b[:length]
     return int(different.argmax()) if different.any() else length
 
@@ -110,13 +110,13 @@ def _branching(leaves: list[np.ndarray]) -> tuple[list[int], list[list[int]]]:
     open_nodes = [node(0)]
     last = -1
     for i in range(1, len(leaves)):
-        shared = _shared(leaves[i - 1], leaves[i])
-        while depths[open_nodes[-1]] > shared:
+        depth = shared(leaves[i - 1][:-1], leaves[i][:-1])  # each keeps a token for itself
+        while depths[open_nodes[-1]] > depth:
             top = open_nodes.pop()
             children[top].append(last)
             last = top
-        if depths[open_nodes[-1]] < shared:
-            open_nodes.append(node(shared))
+        if depths[open_nodes[-1]] < depth:
+            open_nodes.append(node(depth))
         children[open_nodes[-1]].append(last)
         last = -1 - i
     while open_nodes:

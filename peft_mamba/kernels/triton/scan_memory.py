@@ -122,9 +122,15 @@ def shared_memory():
 
 
 @triton.jit
+def _shared_at(address, N: tl.constexpr):
+    """Where the first tile of a state lies, each of its values as 4 bytes; the others lie N · 32 bytes further each."""
+    return address + (tl.arange(0, 32)[None, :] + tl.arange(0, N // 4)[:, None] * 32) * 4
+
+
+@triton.jit
 def keep_shared(address, tiles, N: tl.constexpr):
     """A state at `address`, N · 128 bytes of it."""
-    at = address + (tl.arange(0, 32)[None, :] + tl.arange(0, N // 4)[:, None] * 32) * 4
+    at = _shared_at(address, N)
     for c in tl.static_range(4):
         tl.inline_asm_elementwise(
             "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at + c * (N * 32), tiles[c]], tl.int32, False, 1
@@ -134,7 +140,7 @@ def keep_shared(address, tiles, N: tl.constexpr):
 @triton.jit
 def load_shared(address, i: tl.constexpr, N: tl.constexpr):
     """Tile i of a state there."""
-    at = address + (tl.arange(0, 32)[None, :] + tl.arange(0, N // 4)[:, None] * 32) * 4
+    at = _shared_at(address, N)
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at + i * (N * 32)], tl.float32, False, 1)
 
 

@@ -130,10 +130,16 @@ def store_tiles(pointer, offsets, inside, tiles, MASKED: tl.constexpr):
 
 
 @triton.jit
+def states_at(N: tl.constexpr):
+    """Which states a lane has, (R, 32): their offsets in a row of B or C."""
+    return (tl.arange(0, 32) % 4)[None, :] * (N // 4) + tl.arange(0, N // 4)[:, None]
+
+
+@triton.jit
 def state_tiles(block, channels, STATES: tl.constexpr, N: tl.constexpr):
     """Offsets of a program's tiles in (D, STATES), four of (R, 32), and which of their elements there are."""
     lane = tl.arange(0, 32)
-    state = (lane % 4)[None, :] * (N // 4) + tl.arange(0, N // 4)[:, None]
+    state = states_at(N)
     offsets, inside = (), ()
     for c in tl.static_range(4):
         channel = (block * 32 + (lane ^ c))[None, :]
@@ -151,12 +157,6 @@ def decay_rates(A, offsets, inside, N: tl.constexpr, MASKED: tl.constexpr):
     other = tl.broadcast_to((tl.arange(0, 32) ^ 1)[None, :].to(tl.float32), first.shape)
     first = tl.where(exchange(lane, 1, N) == other, first, float("nan"))
     return first * LOG2E, second * LOG2E, third * LOG2E, fourth * LOG2E
-
-
-@triton.jit
-def states_at(N: tl.constexpr):
-    """Offsets of a lane's states in a row of B or C, (R, 32)."""
-    return (tl.arange(0, 32) % 4)[None, :] * (N // 4) + tl.arange(0, N // 4)[:, None]
 
 
 @triton.jit
