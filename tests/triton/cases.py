@@ -165,16 +165,26 @@ def compare(
 
 
 def _magnitudes(name: str, run: Callable, inputs: dict, rows: dict, weights: list) -> torch.Tensor:
-    """(H,): the sum of magnitudes of what single tokens add to the gradient of A or D.
+    """(H,): the sum of magnitudes of what single channels of single tokens add to the gradient of A or D.
 
-    That is what bounds the rounding error of a sum, whose terms may cancel out: for few heads they do now and then.
+    That is what bounds the rounding error of a sum, whose terms may cancel out: for few of them they do now and then.
     """
-    dy = weights[0].cpu().double()
+    dy, *of_states = [w.cpu().double() for w in weights]
     if name == "D":
         return (dy * inputs["x"].detach()).abs().sum((0, 1, 3))
-    A = inputs["A"].detach().expand_as(inputs["dt"]).clone().requires_grad_()  # `chunked` multiplies it with dt
-    outputs = run(chunked.ssd, **inputs | {"A": A}, **rows)
-    return torch.autograd.grad(outputs, A, [w.cpu().double() for w in weights])[0].abs().sum((0, 1))
+    heads, channels = inputs["x"].shape[2:]
+    apart = {}  # every channel a head of its own
+    for key, tensor in inputs.items():
+        tensor = tensor.detach()
+        if key in ("A", "dt", "D"):
+            tensor = tensor.repeat_interleave(channels, -1)
+        elif key not in ("B", "C"):
+            tensor = tensor.flatten(2, 3).unsqueeze(3) if key == "x" else tensor.flatten(1, 2).unsqueeze(2)
+        apart[key] = tensor
+    A = apart["A"].expand_as(apart["dt"]).clone().requires_grad_()  # `chunked` multiplies it with dt
+    outputs = run(chunked.ssd, **apart | {"A": A}, **rows)
+    along = [dy.flatten(2, 3).unsqueeze(3), *(w.flatten(1, 2).unsqueeze(2) for w in of_states)]
+    return torch.autograd.grad(outputs, A, along)[0].abs().sum((0, 1)).view(heads, channels).sum(1)
 
 
 def _gradients(outputs: Any, inputs: list, weights: list, differentiable: list[int]) -> tuple:
