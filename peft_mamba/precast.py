@@ -20,7 +20,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from .mixers.projection import PRECAST, hooked, is_adapted, is_bare, is_linear
+from .mixers.projection import PRECAST, columns_for, hooked, is_adapted, is_bare, is_linear
+from .mixers.room import with_room
 from .mixers.state import CachedMixer
 from .precision import Precision
 
@@ -65,7 +66,7 @@ def precast_frozen_weights(model: nn.Module, dtype: str | torch.dtype) -> Iterat
     if not layers:
         why = others or "there is no mixer of ours in the model; peft_mamba.use_mixers puts them there"
         raise PrecastError(f"No weight can be held in {precision.name}: {why}.")
-    for device in {layer.weight.device for layer in layers.values()}:
+    for device in {_base(layer).weight.device for layer in layers.values()}:
         precision.check_device(device)
     held: list[_Precast] = []
     try:
@@ -86,7 +87,7 @@ def precast_frozen_weights(model: nn.Module, dtype: str | torch.dtype) -> Iterat
 
 def precastable(model: nn.Module) -> list[torch.Tensor]:
     """The weights that `precast_frozen_weights` would hold; the model may be on the meta device."""
-    return [layer.weight for layer in _layers(model)[0].values()]
+    return [_base(layer).weight for layer in _layers(model)[0].values()]
 
 
 def refuse_while_precast(model: nn.Module, doing: str) -> None:
@@ -98,10 +99,13 @@ def refuse_while_precast(model: nn.Module, doing: str) -> None:
 class _Precast:
     """One weight that is held. Its layer has this in its `__dict__`, where `project` finds it."""
 
-    def __init__(self, name: str, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, adapted: nn.Module, dtype: torch.dtype) -> None:
+        layer = _base(adapted)
         self.name, self.parameter = name, layer.weight
         self._layer, self._dtype, self._original = layer, dtype, layer.weight.data.cpu()
-        self.parameter.data = self.parameter.data.to(dtype)
+        self.columns = columns_for(adapted, self.parameter, dtype)  # free ones behind the weight's, see `mixers.room`
+        cast = with_room(self.parameter.shape, self.columns, dtype, self.parameter.device)
+        self.parameter.data = cast.copy_(self.parameter.data)
         vars(layer)[PRECAST] = self
         self._hooks = (
             layer.register_state_dict_post_hook(functools.partial(self._give_original)),  # torch sets attributes on it
@@ -146,26 +150,31 @@ class _Precast:
         refuse_while_precast(self._layer, "Copying or pickling the model")
 
 
-def _layers(model: nn.Module) -> tuple[dict[str, nn.Linear], str]:
-    """The linear layers of our mixers whose weights can be held, by name; how many others there are, and why."""
+def _base(layer: nn.Module) -> nn.Linear:
+    """The linear layer that an adapter is on, or this one."""
+    base: Any = getattr(layer, "base_layer", layer)
+    return base
+
+
+def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], str]:
+    """The layers of our mixers whose weights can be held, by name; how many others there are, and why."""
     places = Counter(
         _place(each)
         for module in model.modules()
         for each in (*module._parameters.values(), *module._buffers.values())
         if each is not None
     )
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Module] = {}
     others: Counter[str] = Counter()
     mixers: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], CachedMixer)]
     for prefix, mixer in mixers:
         for name, layer in mixer.named_children():
             if not (isinstance(layer, nn.Linear) or is_adapted(layer)):
                 continue
-            base: Any = getattr(layer, "base_layer", layer)
-            if reason := _why_not(layer, base, places):
+            if reason := _why_not(layer, _base(layer), places):
                 others[reason] += 1
             else:
-                layers[f"{prefix}.{name}"] = base
+                layers[f"{prefix}.{name}"] = layer
     return layers, ", ".join(f"{count} {reason}" for reason, count in others.items())
 
 

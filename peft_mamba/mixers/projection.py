@@ -31,13 +31,13 @@ from torch.torch_version import TorchVersion
 from ..frozen import from_weights
 from ..kernels.products import add_products, from_both_sides
 from .linear import Linear
-from .recomputation import runs_again
+from .recomputation import remakes_some, runs_again
+from .room import HALF, useful, widened, with_columns
 
 Tensor = torch.Tensor
 
 # Where a layer whose weight is held in half precision (`peft_mamba.precast`) has what says when that will do.
 PRECAST = "_precast"
-_HALF = (torch.float16, torch.bfloat16)
 # torch.mm(…, out_dtype=torch.float32), on CUDA alone
 _MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 
@@ -94,8 +94,7 @@ def project(
     base = getattr(linear, "base_layer", linear)
     if (held := vars(base).get(PRECAST)) is not None:
         held.check(x.device.type)
-    # Reentrant checkpoints first run without gradients, and must then compute what they compute with them.
-    for_backward = torch.is_grad_enabled() or linear.training or runs_again()
+    for_backward = runs_for_backward(linear)
     if for_backward and isinstance(base, Linear) and base.by_onednn(x):
         known = None  # a faster product, of float32 on a CPU, where nothing is cast
     dtype = None if known is None else _compute_dtype(known, x)
@@ -109,11 +108,17 @@ def project(
         weight, own_bias, A, B, scaling, dropout = known
         # Of an x without a gradient what was handed through would have one.
         handed = through and x.dtype == dtype and x.requires_grad
+        columns = 0 if held is None else held.columns
         *parts, same = _Project.apply(
-            x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product, handed
+            x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product, handed, columns
         )
         y = parts[0] if sizes is None else tuple(parts)
     return (y, x if same is None else same) if through else y
+
+
+def runs_for_backward(linear: nn.Module) -> bool:
+    """Whether to run as in training: checkpoints first run without gradients, and must then compute the same."""
+    return torch.is_grad_enabled() or linear.training or runs_again()
 
 
 def plain(linear: nn.Module) -> Plain | None:
@@ -154,6 +159,19 @@ def plain(linear: nn.Module) -> Plain | None:
         *(b for _, b, _ in factors),
     )
     return Plain(base.weight, base.bias, downs, ups, 1.0, 0.0)
+
+
+def columns_for(linear: nn.Module, x: Tensor, dtype: torch.dtype | None) -> int:
+    """Columns that `linear`'s input, or its weight, gains by where they are free behind it, see `room`.
+
+    Args:
+        x: of as many features, on the device.
+        dtype: to compute in.
+    """
+    known = plain(linear)
+    if known is None or known.A is None or not useful(*known.A.shape, x.device, dtype):
+        return 0
+    return len(known.A)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -245,9 +263,18 @@ def _scaled(weight: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(weight, scaling, out=torch.empty_like(weight, dtype=dtype))
 
 
+def _with_columns(weight: Tensor, columns: int, dtype: torch.dtype, there: int) -> Tensor:
+    """(out, in + columns): the weight in `dtype`, and columns to write to; its own memory, if so many are `there`."""
+    if there == columns and weight.stride() == (weight.shape[1] + columns, 1):
+        return widened(weight, columns)
+    wide = torch.empty(len(weight), weight.shape[1] + columns, dtype=dtype, device=weight.device)
+    wide[:, : weight.shape[1]] = weight
+    return wide
+
+
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """scaling · a b in `dtype`: summed in float32 and rounded once."""
-    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in _HALF and dtype == torch.float32 and a.numel():
+    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in HALF and dtype == torch.float32 and a.numel():
         product = torch.mm(a, b, out_dtype=torch.float32)
     else:
         product = (a @ b).to(dtype)
@@ -258,30 +285,37 @@ class _Project(torch.autograd.Function):
     """See the module's docstring. x is in the dtype of the computation, the weights in their own."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product, through):
+    def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product, through, columns):
         dtype = x.dtype
         t: Any = None
         mask = None
         parts = [len(weight)] if sizes is None else list(sizes)
         with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
-            W = weight.to(dtype)
+            room = with_columns(x, 0 if A is None else len(A)) if product else None
+            W = weight.to(dtype) if room is None else _with_columns(weight, len(A), dtype, columns)
             down: Any = None if A is None else A.to(dtype)
             up = None if B is None else _scaled(B, scaling, dtype)
             if A is not None:
                 kept = rows
                 if dropout:
                     kept, mask = torch.native_dropout(rows, dropout, True)
-                t = kept @ down.t()
+                t = torch.mm(kept, down.t(), out=None if room is None else room[1])
             if product:
                 offsets = [None] * len(parts) if bias is None else bias.to(dtype).split(parts)
-                ups = [None] * len(parts) if up is None else up.split(parts)
-                outputs = []
-                for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
-                    if rise is None:
-                        outputs.append(F.linear(rows, columns, offset))
-                    else:  # the small product first: to read it as well costs the large one no time
-                        outputs.append(F.linear(t, rise, offset).addmm_(rows, columns.t()))
+                if room is not None:
+                    W[:, x.shape[-1] :] = up
+                    outputs = [F.linear(room[0], w, b) for w, b in zip(W.split(parts), offsets, strict=True)]
+                    W = weight if weight.dtype == dtype else W[:, : x.shape[-1]]
+                    t = t.clone() if remakes_some() else t  # which may let go of x, and of all that shares its memory
+                else:
+                    ups = [None] * len(parts) if up is None else up.split(parts)
+                    outputs = []
+                    for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
+                        if rise is None:
+                            outputs.append(F.linear(rows, columns, offset))
+                        else:  # the small product first: to read it as well costs the large one no time
+                            outputs.append(F.linear(t, rise, offset).addmm_(rows, columns.t()))
             else:
                 outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
         # The copy of a weight lives on where its backward comes next, and is made again where that is far.
@@ -296,7 +330,7 @@ class _Project(torch.autograd.Function):
     def backward(ctx, *gradients):  # type: ignore[override]  # mypy sees the decorator, not the method
         *of_parts, d_through = gradients
         if all(dy is None for dy in of_parts):
-            return d_through, *[None] * 9
+            return d_through, *[None] * 10
         x, weight, down, up, t, mask = ctx.saved_tensors
         for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
         weight_dtype, bias_dtype, A_dtype, B_dtype = ctx.dtypes
@@ -335,7 +369,7 @@ class _Project(torch.autograd.Function):
             if for_bias:
                 db = _joined([dy.sum(0, dtype=bias_dtype) for _, dy in present], len(weight), present)
         dx = None if d_rows is None else d_rows.view_as(x)
-        return dx, dW, db, dA, dB, None, None, None, None, None
+        return dx, dW, db, dA, dB, *[None] * 6
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:

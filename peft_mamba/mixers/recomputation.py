@@ -68,6 +68,11 @@ def can_be_remade(tensor: Tensor, make: Callable[[], Tensor]) -> None:
         remakes.offer(tensor, make)
 
 
+def remakes_some() -> bool:
+    """Whether some of what is saved here is to be made again, so that nothing else should hold its memory."""
+    return _remakes.get() is not None
+
+
 def in_other_hands() -> bool:
     """Whether someone else decides here what becomes of saved tensors: an outer checkpoint, offloading to the CPU."""
     if _count.get() is not None:

@@ -1,0 +1,124 @@
+"""An adapter's product as a part of its layer's, in room behind rows, against the two of them one after the other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from peft_mamba.mixers import projection, room
+from peft_mamba.mixers.projection import columns_for, project
+
+from .test_projection import IN, LAYERS, OUT, adapted
+from .tiny import relative_rms
+
+
+@pytest.fixture(autouse=True)
+def also_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(projection, "useful", lambda *_: True)
+
+
+def with_room(x: torch.Tensor, columns: int) -> torch.Tensor:
+    copied = room.with_room(x.shape, columns, x.dtype, x.device)
+    copied.copy_(x)
+    return copied
+
+
+def run(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, columns: int, sizes=None):
+    """Output and gradients, for an input that is made within autograd, as a norm makes it."""
+    layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
+
+    class Made(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return with_room(x, columns)
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx
+
+    y = project(layer, Made.apply(x), sizes=sizes)
+    y = y if sizes is None else torch.cat(y, dim=-1)
+    y.backward(dy.to(y.dtype))
+    return y, {"x": x.grad} | {name: each.grad for name, each in layer.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("sizes", [None, (16, 16, 8)], ids=["whole", "parts"])
+@pytest.mark.parametrize("kind", ["lora", "lora, bias trains", "two adapters"])
+def test_equals_the_two_products(kind, sizes):
+    torch.manual_seed(0)
+    layer, x, dy = LAYERS[kind]().double(), torch.randn(2, 5, IN).double(), torch.randn(2, 5, OUT).double()
+    columns = columns_for(layer, x, x.dtype)
+    assert columns == (7 if kind == "two adapters" else 4)
+    y, gradients = run(layer, x, dy, columns, sizes)
+    expected, of_two = run(layer, x, dy, 0, sizes)
+    assert relative_rms(y, expected) < 1e-14
+    for name in of_two:
+        assert relative_rms(gradients[name], of_two[name]) < 1e-14, name
+
+
+@settings(max_examples=15, deadline=None)
+@given(batch=st.integers(0, 3), length=st.integers(0, 4), r=st.integers(1, 9))
+def test_any_shape(batch, length, r):
+    torch.manual_seed(0)
+    layer = adapted()
+    layer.lora_A["default"].weight = nn.Parameter(torch.randn(r, IN))
+    layer.lora_B["default"].weight = nn.Parameter(torch.randn(OUT, r))
+    x, dy = torch.randn(batch, length, IN), torch.randn(batch, length, OUT)
+    y, gradients = run(layer, x, dy, r)
+    expected, of_two = run(layer, x, dy, 0)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients, of_two)
+
+
+def test_the_large_product_is_the_only_one_of_its_size(monkeypatch):
+    """As this is what the room is for: nothing else reads or writes an output."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is not torch.ops.aten.view.default and getattr(result, "shape", None) == (10, OUT):
+                made.append(func.overloadpacket.__name__)
+            return result
+
+    layer, x = adapted(bias=False), torch.randn(10, IN)
+    with Watch():
+        project(layer, with_room(x, 4))
+    assert made == ["mm"]
+
+
+def test_dropout_drops_for_the_adapter_alone():
+    layer, x, dy = adapted(lora_dropout=0.5), torch.randn(40, IN), torch.randn(40, OUT)
+    torch.manual_seed(1)
+    y, gradients = run(layer, x, dy, 4)
+    torch.manual_seed(1)
+    expected, of_two = run(layer, x, dy, 0)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients, of_two)
+
+
+def test_another_forward_before_the_backward_takes_nothing_from_the_first():
+    layer, dy = adapted(), torch.randn(6, OUT)
+    x, other = torch.randn(6, IN), torch.randn(6, IN)
+    _, alone = run(layer, x, dy, 4)
+    y = project(layer, with_room(x, 4))
+    layer.lora_B["default"].weight.data.add_(0.0)
+    project(layer, with_room(other, 4))
+    y.backward(dy)
+    assert torch.equal(layer.lora_A["default"].weight.grad, alone["lora_A.default.weight"])
+
+
+def test_a_tensor_of_the_same_memory_has_no_room():
+    """A slice of something wider is not followed by what is free."""
+    x = with_room(torch.randn(3, IN), 4)
+    assert room.with_columns(x, 4) is not None
+    for other in (x[:2], x.view_as(x), x + 0, x.detach(), x.clone()):
+        assert room.with_columns(other, 4) is None
+    assert room.with_columns(x, 3) is None
