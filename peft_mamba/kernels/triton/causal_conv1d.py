@@ -53,15 +53,13 @@ def _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
     with torch.cuda.device_of(x):
         kernels.forward[(batch * strips * triton.cdiv(channels, FORWARD_CHANNELS),)](
             *(x, weight, bias, initial_state, seq_idx, cu_seqlens, y),
-            *(length, channels, strips, 0 if cu_seqlens is None else len(cu_seqlens) - 1, search_steps(cu_seqlens)),
-            *(x.stride(0), x.stride(1)),
+            *(length, channels, strips, tokens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+            *(search_steps(cu_seqlens), x.stride(0), x.stride(1)),
             **_switches(weight, bias, silu, seq_idx, cu_seqlens),
             HAS_INITIAL=initial_state is not None,
             PAIRED=_paired(x),
-            TOKENS=tokens,
             CHANNELS=FORWARD_CHANNELS,
-            # No more tokens at a time than there are: a single one when text is generated.
-            GROUP=min(FORWARD_GROUP, triton.next_power_of_2(length)),
+            GROUP=FORWARD_GROUP,
             num_warps=FORWARD_WARPS,
         )
     return y
@@ -95,7 +93,7 @@ class _CausalConv1d(torch.autograd.Function):
                 into = x if dx is None else dx
                 kernels.backward[(batch * strips * triton.cdiv(channels, BACKWARD_CHANNELS),)](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, into, dweight, dbias),
-                    *(length, channels, strips, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+                    *(length, channels, strips, tokens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
                     *(search_steps(cu_seqlens), x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
                     *(into.stride(0), into.stride(1)),
                     **switches,
@@ -103,7 +101,6 @@ class _CausalConv1d(torch.autograd.Function):
                     NEED_X=need_x,
                     NEED_WEIGHT=need_weight,
                     PAIRED=_paired(x, dy),
-                    TOKENS=tokens,
                     CHANNELS=BACKWARD_CHANNELS,
                     GROUP=BACKWARD_GROUP,
                     num_warps=BACKWARD_WARPS,

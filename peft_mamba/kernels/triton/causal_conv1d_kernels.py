@@ -1,6 +1,6 @@
 """The kernels of the causal convolution; `causal_conv1d` calls them.
 
-A program walks a strip of channels through TOKENS tokens, GROUP of them at a time, while the next GROUP are on their
+A program walks a strip of channels through some tokens, GROUP of them at a time, while the next GROUP are on their
 way from memory. Tuples run back in time: of a window, element 0 is one token ago; of weights, element 0 is the newest
 input's.
 """
@@ -16,7 +16,7 @@ from .common import sequence_of
 from .elementwise import sigmoid
 
 # Differ from batch to batch: no kernel is compiled anew for a multiple of 16 or a 1 among them.
-VARYING = ["length", "strips", "sequences", "steps"]
+VARYING = ["length", "strips", "tokens", "sequences", "steps"]
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _values(fetched, DTYPE: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _strip(length, channels, strips, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PAIRED: tl.constexpr):
+def _strip(length, channels, strips, tokens, CHANNELS: tl.constexpr, PAIRED: tl.constexpr):
     """What this program is about: (row, first token, one behind the last, channels, and these in pairs if PAIRED).
 
     Programs of the same tokens are neighbours: together they read whole rows.
@@ -66,8 +66,8 @@ def _strip(length, channels, strips, TOKENS: tl.constexpr, CHANNELS: tl.constexp
     else:
         pairs = d
     strip = tl.program_id(0) // blocks
-    first = strip % strips * TOKENS
-    return (strip // strips).to(tl.int64), first, tl.minimum(first + TOKENS, length), d, pairs
+    first = strip % strips * tokens
+    return (strip // strips).to(tl.int64), first, tl.minimum(first + tokens, length), d, pairs
 
 
 @triton.jit
@@ -174,13 +174,13 @@ def _taps(
 @triton.jit(do_not_specialize=VARYING)
 def forward(
     x, weight, bias, initial, seq_idx, cu_seqlens, y,
-    length, channels, strips, sequences, steps, x_row, x_token,
+    length, channels, strips, tokens, sequences, steps, x_row, x_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
     SPLIT: tl.constexpr = PACKED or HAS_SEQ_IDX
-    row, first, stop, d, pairs = _strip(length, channels, strips, TOKENS, CHANNELS, PAIRED)
+    row, first, stop, d, pairs = _strip(length, channels, strips, tokens, CHANNELS, PAIRED)
     in_width, paired = d < channels, pairs < (channels // 2 if PAIRED else channels)
     DTYPE: tl.constexpr = x.dtype.element_ty
     UNIT: tl.constexpr = 2 if PAIRED else 1
@@ -236,14 +236,14 @@ def forward(
 @triton.jit(do_not_specialize=VARYING)
 def backward(
     x, weight, bias, initial, seq_idx, cu_seqlens, dy, dx, dweight, dbias,
-    length, channels, strips, sequences, steps, x_row, x_token, dy_row, dy_token, dx_row, dx_token,
+    length, channels, strips, tokens, sequences, steps, x_row, x_token, dy_row, dy_token, dx_row, dx_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
     SPLIT: tl.constexpr = PACKED or HAS_SEQ_IDX
-    row, first, stop, d, pairs = _strip(length, channels, strips, TOKENS, CHANNELS, PAIRED)
+    row, first, stop, d, pairs = _strip(length, channels, strips, tokens, CHANNELS, PAIRED)
     in_width, paired = d < channels, pairs < (channels // 2 if PAIRED else channels)
     DTYPE: tl.constexpr = x.dtype.element_ty
     UNIT: tl.constexpr = 2 if PAIRED else 1
@@ -253,8 +253,8 @@ def backward(
     dy = _row(dy, row * dy_row + first.to(tl.int64) * dy_token, pairs, PAIRED)
     dy_token = dy_token // UNIT
     # The gradient of an input is complete with the output WIDTH - 1 tokens later; beyond a row outputs get none.
-    tokens = stop - first + (WIDTH - 1 if NEED_X else 0)
-    left = tl.minimum(tokens, length - first)
+    walked = stop - first + (WIDTH - 1 if NEED_X else 0)
+    left = tl.minimum(walked, length - first)
     dx += row * dx_row + (first.to(tl.int64) - (WIDTH - 1)) * dx_token + d
     window = _window(
         x, x_token, paired, initial, row, channels, d, in_width, first,
@@ -279,7 +279,7 @@ def backward(
         if back > 0:
             sums = sums + (nothing,)
         totals = totals + (nothing,)
-    for ahead in range(0, tokens, GROUP):
+    for ahead in range(0, walked, GROUP):
         x_next, dy_next, number_next = (), (), ()
         for j in tl.static_range(GROUP):
             t = first + ahead + j
@@ -331,7 +331,7 @@ def backward(
         if HAS_SEQ_IDX:
             numbers = number_next
     if NEED_WEIGHT:
-        program = row * strips + first // TOKENS
+        program = row * strips + first // tokens
         tl.store(dbias + program * channels + d, total, mask=in_width)
         for back in tl.static_range(WIDTH):
             at = (program * channels + d) * WIDTH + WIDTH - 1 - back
