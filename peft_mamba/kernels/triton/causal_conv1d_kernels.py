@@ -239,8 +239,7 @@ def backward(
     length, channels, strips, tokens, sequences, steps, x_row, x_token, dy_row, dy_token, dx_row, dx_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
-    CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    PAIRED: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     SPLIT: tl.constexpr = PACKED or HAS_SEQ_IDX
     row, first, stop, d, pairs = _strip(length, channels, strips, tokens, CHANNELS, PAIRED)
