@@ -22,9 +22,8 @@ def short_strips(device, monkeypatch):
     from peft_mamba.kernels.triton import causal_conv1d
 
     if device == "cpu":
-        for name in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(causal_conv1d, f"{name}_TOKENS", 8)
-            monkeypatch.setattr(causal_conv1d, f"{name}_CHANNELS", 16)
+        for name, value in {"TOKENS": 4, "SUMMED_TOKENS": 8, "CHANNELS": 16}.items():
+            monkeypatch.setattr(causal_conv1d, name, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

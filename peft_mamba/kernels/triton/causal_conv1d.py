@@ -1,8 +1,8 @@
 """Depthwise causal convolution in Triton, channel-last, forward and backward; shapes and meanings as in `reference`.
 
 Both passes are bound by memory. They walk a strip of channels through time with the last inputs, and in backward the
-unfinished gradients, in registers, and read each value once; backward recomputes what went into the activation. Sums
-over tokens are made in a fixed order, so that the same inputs give the same bits.
+unfinished gradients, in registers; a strip starts with width - 1 tokens of which it only needs the inputs, and in
+backward ends with as many. Backward recomputes what went into the activation. Sums over tokens are made in a fixed order, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from .common import Tensor, row_strides, search_steps
 
 # Beyond this the registers of backward's window run out.
 MAX_WIDTH = 8
-FORWARD_CHANNELS, FORWARD_WARPS, FORWARD_GROUP = 128, 1, 4
-BACKWARD_CHANNELS, BACKWARD_WARPS, BACKWARD_GROUP = 128, 1, 4
-# A strip starts with width - 1 tokens of which it only needs the inputs, and in backward ends with as many. It is
-# shorter where else there would be fewer warps on a multiprocessor.
-FORWARD_TOKENS, BACKWARD_TOKENS, SHORTEST, WARPS = 64, 64, 8, 16
+# A program, one warp, takes so many channels of a strip of so many tokens, GROUP of them at a time.
+CHANNELS, TOKENS, GROUP = 128, 16, 8
+# Where the weight gets a gradient, every strip leaves sums: longer strips, leaving registers to the sums; shorter where
+# else there would be fewer programs on a multiprocessor.
+SUMMED_TOKENS, SUMMED_GROUP, PROGRAMS = 128, 4, 16
 
 
-def _tokens(longest: int, x: Tensor, channels: int, warps: int) -> int:
-    """Tokens of a strip of so many channels."""
+def _summed_tokens(x: Tensor) -> int:
+    """Tokens of a strip where the weight gets a gradient."""
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    columns = x.shape[0] * triton.cdiv(x.shape[2], channels) * warps
-    tokens = longest
-    while tokens > SHORTEST and columns * triton.cdiv(x.shape[1], tokens) < WARPS * processors:
+    columns = x.shape[0] * triton.cdiv(x.shape[2], CHANNELS)
+    tokens = SUMMED_TOKENS
+    while tokens > TOKENS and columns * triton.cdiv(x.shape[1], tokens) < PROGRAMS * processors:
         tokens //= 2
     return tokens
 
@@ -48,19 +48,18 @@ def _paired(*tensors: Tensor) -> bool:
 def _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
     batch, length, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tokens = _tokens(FORWARD_TOKENS, x, FORWARD_CHANNELS, FORWARD_WARPS)
-    strips = triton.cdiv(length, tokens)
+    strips = triton.cdiv(length, TOKENS)
     with torch.cuda.device_of(x):
-        kernels.forward[(batch * strips * triton.cdiv(channels, FORWARD_CHANNELS),)](
+        kernels.forward[(batch * strips * triton.cdiv(channels, CHANNELS),)](
             *(x, weight, bias, initial_state, seq_idx, cu_seqlens, y),
-            *(length, channels, strips, tokens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+            *(length, channels, strips, TOKENS, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
             *(search_steps(cu_seqlens), x.stride(0), x.stride(1)),
             **_switches(weight, bias, silu, seq_idx, cu_seqlens),
             HAS_INITIAL=initial_state is not None,
             PAIRED=_paired(x),
-            CHANNELS=FORWARD_CHANNELS,
-            GROUP=FORWARD_GROUP,
-            num_warps=FORWARD_WARPS,
+            CHANNELS=CHANNELS,
+            GROUP=GROUP,
+            num_warps=1,
         )
     return y
 
@@ -80,7 +79,7 @@ class _CausalConv1d(torch.autograd.Function):
         need_weight = need_weight or need_bias
         dy = row_strides(dy)
         batch, length, channels = x.shape
-        tokens = _tokens(BACKWARD_TOKENS, x, BACKWARD_CHANNELS, BACKWARD_WARPS)
+        tokens = _summed_tokens(x) if need_weight else TOKENS
         strips = triton.cdiv(length, tokens)
         switches = _switches(weight, bias, ctx.silu, seq_idx, cu_seqlens)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
@@ -91,7 +90,7 @@ class _CausalConv1d(torch.autograd.Function):
                     dweight = weight.new_empty(batch * strips, *weight.shape, dtype=torch.float32)
                     dbias = weight.new_empty(batch * strips, channels, dtype=torch.float32)
                 into = x if dx is None else dx
-                kernels.backward[(batch * strips * triton.cdiv(channels, BACKWARD_CHANNELS),)](
+                kernels.backward[(batch * strips * triton.cdiv(channels, CHANNELS),)](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, into, dweight, dbias),
                     *(length, channels, strips, tokens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
                     *(search_steps(cu_seqlens), x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
@@ -101,18 +100,18 @@ class _CausalConv1d(torch.autograd.Function):
                     NEED_X=need_x,
                     NEED_WEIGHT=need_weight,
                     PAIRED=_paired(x, dy),
-                    CHANNELS=BACKWARD_CHANNELS,
-                    GROUP=BACKWARD_GROUP,
-                    num_warps=BACKWARD_WARPS,
+                    CHANNELS=CHANNELS,
+                    GROUP=SUMMED_GROUP if need_weight else GROUP,
+                    num_warps=1,
                 )
             if need_initial:
                 dinitial = torch.empty_like(initial_state)
-                kernels.initial_gradients[(len(initial_state), triton.cdiv(channels, BACKWARD_CHANNELS))](
+                kernels.initial_gradients[(len(initial_state), triton.cdiv(channels, CHANNELS))](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, dinitial, length, channels),
                     *(x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
                     **switches,
-                    CHANNELS=BACKWARD_CHANNELS,
-                    num_warps=BACKWARD_WARPS,
+                    CHANNELS=CHANNELS,
+                    num_warps=1,
                 )
         if dweight is not None and dbias is not None:
             dweight = dweight.sum(0).to(weight.dtype)
