@@ -1,8 +1,9 @@
 """Depthwise causal convolution in Triton, channel-last, forward and backward; shapes and meanings as in `reference`.
 
-Both passes are bound by memory. They walk a strip of channels through time with the last inputs, and in backward the
-unfinished gradients, in registers; a strip starts with width - 1 tokens of which it only needs the inputs, and in
-backward ends with as many. Backward recomputes what went into the activation. Sums over tokens are made in a fixed order, so that the same inputs give the same bits.
+Both passes are bound by memory. They walk strips of tokens with the last inputs, and in backward the unfinished
+gradients, in registers. A strip starts with width - 1 tokens of which it only needs the inputs, and in backward ends
+with as many. Backward recomputes what went into the activation. Sums over tokens are made in a fixed order, so that the
+same inputs give the same bits.
 """
 
 from __future__ import annotations
