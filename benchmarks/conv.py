@@ -1,22 +1,19 @@
 """Causal convolution with SiLU on one GPU: causal-conv1d and our Triton kernel, on the same inputs in one process.
 
-    python benchmarks/conv.py [--batch 16 --length 2048 --channels 3072 --width 4 --dtype bf16] [--sweep]
+    python benchmarks/conv.py [--batch 16 --length 2048 --channels 3072 --width 4 --dtype bf16]
 
 The input is the half of in_proj's output that a mixer hands over, channel-last. Medians of triton.testing.do_bench for
 the forward, for forward and backward with frozen weights (LoRA) and with all gradients; the share of the floor is what
-reading and writing each value once takes at --bandwidth. --sweep tries other tiles of ours first.
+reading and writing each value once takes at --bandwidth.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import click
 import torch
 from triton.testing import do_bench
 
 from peft_mamba import kernels
-from peft_mamba.kernels.triton import causal_conv1d as module
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = ((16, 2048), (128, 512))
@@ -48,26 +45,6 @@ def milliseconds(function) -> float:
     return do_bench(function, warmup=50, rep=200, return_mode="median")
 
 
-def sweep(batch: int, length: int, channels: int, width: int, dtype: torch.dtype) -> None:
-    """Tiles of ours, fastest last."""
-    tensors = inputs(batch, length, channels, width, dtype, trained=False)
-    forward, both = work(module.causal_conv1d, tensors, torch.randn_like(tensors[0]))
-    found = []
-    for tile in itertools.product((4, 8, 16, 32), (64, 128, 256), (1, 2, 4, 8)):
-        module.FORWARD_TOKENS, module.FORWARD_CHANNELS, module.FORWARD_WARPS = tile
-        found.append((milliseconds(forward), tile))
-    for time, tile in sorted(found, reverse=True)[-6:]:
-        print(f"  forward {time:.3f} ms with tokens, channels, warps {tile}", flush=True)
-    module.FORWARD_TOKENS, module.FORWARD_CHANNELS, module.FORWARD_WARPS = min(found)[1]
-    fastest, found = min(found)[0], []
-    for tile in itertools.product((32, 64, 128, 256), (64, 128, 256), (1, 2)):
-        module.BACKWARD_TOKENS, module.BACKWARD_CHANNELS, module.BACKWARD_WARPS = tile
-        found.append((milliseconds(both) - fastest, tile))
-    for time, tile in sorted(found, reverse=True)[-6:]:
-        print(f"  backward {time:.3f} ms with tokens, channels, warps {tile}", flush=True)
-    module.BACKWARD_TOKENS, module.BACKWARD_CHANNELS, module.BACKWARD_WARPS = min(found)[1]
-
-
 @click.command()
 @click.option("--batch", type=int, help="Default, with --length: 16 x 2048 and 128 x 512.")
 @click.option("--length", type=int)
@@ -75,16 +52,13 @@ def sweep(batch: int, length: int, channels: int, width: int, dtype: torch.dtype
 @click.option("--width", type=int, default=4, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--bandwidth", type=float, default=4.3, show_default=True, help="Of the memory, TB/s; 4.3 on an H200.")
-@click.option("--sweep", "tune", is_flag=True)
-def main(batch, length, channels, width, dtype, bandwidth, tune) -> None:
+def main(batch, length, channels, width, dtype, bandwidth) -> None:
     problem = kernels.choice._load("mamba_ssm", "causal_conv1d")[1]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}, D {channels}, K {width}")
     if problem:
         print(f"causal-conv1d: {problem}")
     for rows, tokens in [(batch, length)] if batch and length else SHAPES:
         print(f"B {rows}, L {tokens}")
-        if tune:
-            sweep(rows, tokens, channels, width, DTYPES[dtype])
         elements = rows * tokens * channels * DTYPES[dtype].itemsize
         # Forward reads x and writes y; backward reads x and dy and writes dx.
         for trained, kind, passes in ((False, "forward", 2), (False, "LoRA", 5), (True, "all gradients", 5)):

@@ -22,8 +22,8 @@ def short_strips(device, monkeypatch):
     from peft_mamba.kernels.triton import causal_conv1d
 
     if device == "cpu":
-        monkeypatch.setattr(causal_conv1d, "BACKWARD_TOKENS", 8)
-        monkeypatch.setattr(causal_conv1d, "BACKWARD_CHANNELS", 16)
+        for name, value in {"TOKENS": 4, "SUMMED_TOKENS": 8, "CHANNELS": 16}.items():
+            monkeypatch.setattr(causal_conv1d, name, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,6 +32,13 @@ def short_strips(device, monkeypatch):
 def test_outputs_and_gradients(device, dtype, kind, width):
     torch.manual_seed(width)
     compare(silu, "causal_conv1d", *conv_case(kind, 2, 21, 20, width), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [19, 20])
+def test_half_precision_by_ones_and_by_twos(device, dtype, channels):
+    torch.manual_seed(channels)
+    compare(silu, "causal_conv1d", *conv_case("whole", 2, 21, channels, 4), dtype, device)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,9 +1,9 @@
 """Depthwise causal convolution in Triton, channel-last, forward and backward; shapes and meanings as in `reference`.
 
-Both passes are bound by memory. Forward takes a tile of tokens and channels and reads it once for each tap, of which
-all but one come out of the cache. Backward walks a strip of channels through time with the last inputs and the
-unfinished gradients in registers: it recomputes what went into the activation, and reads each value once. Sums over
-tokens are made in a fixed order, so that the same inputs give the same bits.
+Both passes are bound by memory. They walk strips of tokens with the last inputs, and in backward the unfinished
+gradients, in registers. A strip starts with width - 1 tokens of which it only needs the inputs, and in backward ends
+with as many. Backward recomputes what went into the activation. Sums over tokens are made in a fixed order, so that the
+same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -19,27 +19,48 @@ from .common import Tensor, row_strides, search_steps
 
 # Beyond this the registers of backward's window run out.
 MAX_WIDTH = 8
-FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS = 16, 128, 4
-# A warp with four channels a thread. A program's strip starts with width - 1 tokens of which it only needs the sums.
-BACKWARD_TOKENS, BACKWARD_CHANNELS, BACKWARD_WARPS = 128, 128, 1
+# A program, one warp, takes so many channels of a strip of so many tokens, GROUP of them at a time.
+CHANNELS, TOKENS, GROUP = 128, 16, 8
+# Where the weight gets a gradient, every strip leaves sums: longer strips, leaving registers to the sums; shorter where
+# else there would be fewer programs on a multiprocessor.
+SUMMED_TOKENS, SUMMED_GROUP, PROGRAMS = 128, 4, 16
+
+
+def _summed_tokens(x: Tensor) -> int:
+    """Tokens of a strip where the weight gets a gradient."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    columns = x.shape[0] * triton.cdiv(x.shape[2], CHANNELS)
+    tokens = SUMMED_TOKENS
+    while tokens > TOKENS and columns * triton.cdiv(x.shape[1], tokens) < PROGRAMS * processors:
+        tokens //= 2
+    return tokens
+
+
+def _paired(*tensors: Tensor) -> bool:
+    """Whether channels can be loaded by twos."""
+    return all(
+        tensor.element_size() == 2
+        and tensor.data_ptr() % 4 == 0
+        and all(size % 2 == 0 for size in (tensor.shape[-1], *tensor.stride()[:-1]))
+        for tensor in tensors
+    )
 
 
 def _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
     batch, length, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # A tile for no more tokens than there are: a single one when text is generated.
-    tokens = min(FORWARD_TOKENS, triton.next_power_of_2(length))
-    tiles = triton.cdiv(length, tokens)
+    strips = triton.cdiv(length, TOKENS)
     with torch.cuda.device_of(x):
-        kernels.forward[(batch * tiles, triton.cdiv(channels, FORWARD_CHANNELS))](
+        kernels.forward[(batch * strips * triton.cdiv(channels, CHANNELS),)](
             *(x, weight, bias, initial_state, seq_idx, cu_seqlens, y),
-            *(length, channels, tiles, 0 if cu_seqlens is None else len(cu_seqlens) - 1, search_steps(cu_seqlens)),
-            *(x.stride(0), x.stride(1)),
+            *(length, channels, strips, TOKENS, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+            *(search_steps(cu_seqlens), x.stride(0), x.stride(1)),
             **_switches(weight, bias, silu, seq_idx, cu_seqlens),
             HAS_INITIAL=initial_state is not None,
-            TOKENS=tokens,
-            CHANNELS=FORWARD_CHANNELS,
-            num_warps=FORWARD_WARPS,
+            PAIRED=_paired(x),
+            CHANNELS=CHANNELS,
+            GROUP=GROUP,
+            num_warps=1,
         )
     return y
 
@@ -59,37 +80,39 @@ class _CausalConv1d(torch.autograd.Function):
         need_weight = need_weight or need_bias
         dy = row_strides(dy)
         batch, length, channels = x.shape
-        tiles = triton.cdiv(length, BACKWARD_TOKENS)
+        tokens = _summed_tokens(x) if need_weight else TOKENS
+        strips = triton.cdiv(length, tokens)
         switches = _switches(weight, bias, ctx.silu, seq_idx, cu_seqlens)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
         dweight = dbias = dinitial = None
         with torch.cuda.device_of(x):
             if need_x or need_weight:
                 if need_weight:  # a sum for each program, added up below
-                    dweight = weight.new_empty(batch * tiles, *weight.shape, dtype=torch.float32)
-                    dbias = weight.new_empty(batch * tiles, channels, dtype=torch.float32)
+                    dweight = weight.new_empty(batch * strips, *weight.shape, dtype=torch.float32)
+                    dbias = weight.new_empty(batch * strips, channels, dtype=torch.float32)
                 into = x if dx is None else dx
-                kernels.backward[(batch * tiles, triton.cdiv(channels, BACKWARD_CHANNELS))](
+                kernels.backward[(batch * strips * triton.cdiv(channels, CHANNELS),)](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, into, dweight, dbias),
-                    *(length, channels, tiles, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+                    *(length, channels, strips, tokens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
                     *(search_steps(cu_seqlens), x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
                     *(into.stride(0), into.stride(1)),
                     **switches,
                     HAS_INITIAL=initial_state is not None,
                     NEED_X=need_x,
                     NEED_WEIGHT=need_weight,
-                    TOKENS=BACKWARD_TOKENS,
-                    CHANNELS=BACKWARD_CHANNELS,
-                    num_warps=BACKWARD_WARPS,
+                    PAIRED=_paired(x, dy),
+                    CHANNELS=CHANNELS,
+                    GROUP=SUMMED_GROUP if need_weight else GROUP,
+                    num_warps=1,
                 )
             if need_initial:
                 dinitial = torch.empty_like(initial_state)
-                kernels.initial_gradients[(len(initial_state), triton.cdiv(channels, BACKWARD_CHANNELS))](
+                kernels.initial_gradients[(len(initial_state), triton.cdiv(channels, CHANNELS))](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, dinitial, length, channels),
                     *(x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
                     **switches,
-                    CHANNELS=BACKWARD_CHANNELS,
-                    num_warps=BACKWARD_WARPS,
+                    CHANNELS=CHANNELS,
+                    num_warps=1,
                 )
         if dweight is not None and dbias is not None:
             dweight = dweight.sum(0).to(weight.dtype)

@@ -79,9 +79,10 @@ def scan_backward(
     # The state before each group of K tokens.
     rates = 0
     if SHARED:
-        kept = shared_memory()
-        rates = kept + CK // K * (N * 128)
-        keep_shared(rates, a, N)
+        kept = shared_memory(GRAD_A)
+        rates = kept + (CK // K - 1) * (N * 128)
+        if GRAD_A:
+            keep_shared(rates, a, N)
     else:
         kept = scratch + program * (CK // K * N * 32) + scratch_offsets(N)
     rows, distance = row_sectors(
@@ -105,17 +106,20 @@ def scan_backward(
         ddelta_c = ddelta + here * stride_ddelta
         dz_c = dz + here * stride_dz
         dBC_c = dBC + (here * blocks + block) * (2 * N)
-        h = load_kept(checkpoints + ((checkpoint + chunk) * blocks + block) * (N * 32) + scratch_offsets(N), N)
+        saved = checkpoints + ((checkpoint + chunk) * blocks + block) * (N * 32) + scratch_offsets(N)
+        h = load_kept(saved, N)
+        # Of the last group only the state before it is needed, unless a token is left over behind it.
+        groups = whole if whole < steps else whole - K
         some = d_ok & (whole > 0)
         if SHARED and GRAD_A:
             a = load_shared(rates, 0, N), load_shared(rates, 1, N), load_shared(rates, 2, N), load_shared(rates, 3, N)
         xs, raws = _pairs(u_c, delta_c, stride_u, stride_delta, d, some, K, True)
         bs, cs = state_pairs(B_c + states_at(N), C_c + states_at(N), whole > 0, K, N, True)
-        for t in range(0, whole, K):
-            if SHARED:
-                keep_shared(kept + t // K * (N * 128), h, N)
-            else:
+        for t in range(0, groups, K):
+            if not SHARED:
                 keep(kept + t // K * (N * 32), h, N)
+            elif t > 0:
+                keep_shared(_slot(kept, t // K, N), h, N)
             ahead = tl.minimum(t + K, whole - K)
             next_xs, next_raws = _pairs(
                 u_c + ahead * stride_u, delta_c + ahead * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D
@@ -127,6 +131,11 @@ def scan_backward(
                 dd, slope = step_size(raws[k].to(tl.float32) + bias_d, begin + t + k, limit, HAS_LENGTHS)
                 h = advance(h, dd, xs[k].to(tl.float32), bs[k], a, penalty(resets_c, t + k, HAS_RESETS), N)
             xs, raws, bs = next_xs, next_raws, next_bs
+        if whole == steps:
+            if SHARED:
+                keep_shared(_slot(kept, groups // K, N), h, N)
+            else:
+                keep(kept + groups // K * (N * 32), h, N)
         if not SHARED:  # there each lane reads what it wrote itself
             tl.debug_barrier()
         if whole < steps:  # one token, and h is the state before it
@@ -148,7 +157,9 @@ def scan_backward(
             prefetch(sectors + ahead * distance)
             prefetch(states + ahead * (N * 4))
             if SHARED:
-                kept_t = kept + t // K * (N * 128)
+                kept_t = _slot(kept, t // K, N)
+                if t == 0:
+                    keep_shared(kept_t, load_kept(saved, N), N)
             else:
                 kept_t = kept
                 h = load_kept(kept + t // K * (N * 32), N)
@@ -171,6 +182,12 @@ def scan_backward(
         tl.store(dbias + program * 32 + lane, sum_bias)
     if GRAD_H0:
         store_tiles(dh0 + slot, tiles, inside, dh, MASKED)
+
+
+@triton.jit
+def _slot(kept, group, N: tl.constexpr):
+    """Where the state before a group is kept; the first one's, which is the checkpoint, once the second has been read."""
+    return kept + tl.maximum(group - 1, 0) * (N * 128)
 
 
 @triton.jit

@@ -6,8 +6,8 @@ import triton.language as tl
 
 from .common import BY_PTX
 
-# What `shared_memory` sets aside for a program: of 12 programs it is all that a multiprocessor of Hopper's has.
-SHARED_BYTES = 18432
+# What `shared_memory` sets aside for a program at most: room for eight states of 16 x 32.
+SHARED_BYTES = 16384
 
 
 @triton.jit
@@ -111,20 +111,24 @@ def state_sectors(B, C, K: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def shared_memory():
-    """The address of SHARED_BYTES of this program's own, which `keep_shared` and `load_shared` take.
+def shared_memory(MORE: tl.constexpr):
+    """The address of memory of this program's own, for `keep_shared` and `load_shared`: of seven states, MORE of eight.
 
     Triton has shared memory for its own ends alone. Through global memory, states that are kept for a short while go to
-    the L2 cache and, from all programs together, on to DRAM: with that, they are what backward waits for.
+    the L2 cache and, from all programs together, on to DRAM: with that, they are what backward waits for. What is not
+    taken here is left to the L1 cache, which is small beside it.
     """
-    asm: tl.constexpr = "{ .shared .align 16 .b8 states[18432]; mov.u32 $0, states; }"
+    if MORE:
+        asm: tl.constexpr = "{ .shared .align 16 .b8 states[16384]; mov.u32 $0, states; }"
+    else:
+        asm: tl.constexpr = "{ .shared .align 16 .b8 states[14336]; mov.u32 $0, states; }"
     return tl.inline_asm_elementwise(asm, "=r,r", [0], tl.int32, False, 1)
 
 
 @triton.jit
 def _shared_at(address, N: tl.constexpr):
     """Where the first tile of a state lies, each of its values as 4 bytes; the others lie N · 32 bytes further each."""
-    return address + (tl.arange(0, 32)[None, :] + tl.arange(0, N // 4)[:, None] * 32) * 4
+    return address + ((tl.arange(0, 32) * (N // 4))[None, :] + tl.arange(0, N // 4)[:, None]) * 4
 
 
 @triton.jit
@@ -132,16 +136,30 @@ def keep_shared(address, tiles, N: tl.constexpr):
     """A state at `address`, N · 128 bytes of it."""
     at = _shared_at(address, N)
     for c in tl.static_range(4):
-        tl.inline_asm_elementwise(
-            "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at + c * (N * 32), tiles[c]], tl.int32, False, 1
-        )
+        if N >= 16:  # a lane's four values of a tile at once
+            tl.inline_asm_elementwise(
+                "st.shared.v4.f32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
+                "=r,=r,=r,=r,r,r,r,r,f,f,f,f",
+                [at + c * (N * 32), tiles[c]],
+                tl.int32,
+                False,
+                4,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at + c * (N * 32), tiles[c]], tl.int32, False, 1
+            )
 
 
 @triton.jit
 def load_shared(address, i: tl.constexpr, N: tl.constexpr):
     """Tile i of a state there."""
-    at = _shared_at(address, N)
-    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at + i * (N * 32)], tl.float32, False, 1)
+    at = _shared_at(address, N) + i * (N * 32)
+    if N >= 16:
+        asm: tl.constexpr = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
+        return tl.inline_asm_elementwise(asm, "=f,=f,=f,=f,r,r,r,r", [at], tl.float32, False, 4)
+    else:
+        return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, False, 1)
 
 
 @triton.jit

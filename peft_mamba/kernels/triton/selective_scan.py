@@ -198,7 +198,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _in_shared_memory(N: int, device: torch.device) -> bool:
     """Whether backward keeps its states there: as many as `shared_memory` has room for, on GPUs that have enough."""
-    if not BY_PTX.value or (CHECKPOINT // BACKWARD_GROUP + 1) * N * LANES * 4 > SHARED_BYTES:
+    if not BY_PTX.value or CHECKPOINT // BACKWARD_GROUP * N * LANES * 4 > SHARED_BYTES:
         return False
     return _shared_memory(device) // (SHARED_BYTES + RESERVED_BYTES) >= SHARED_PROGRAMS
 
