@@ -186,7 +186,7 @@ def scan_backward(
 
 @triton.jit
 def _slot(kept, group, N: tl.constexpr):
-    """Where the state before a group is kept; the first one's, which is the checkpoint, once the second has been read."""
+    """Where the state before a group is kept: the first one's, which is the checkpoint, once the second's was read."""
     return kept + tl.maximum(group - 1, 0) * (N * 128)
 
 

@@ -138,7 +138,8 @@ def keep_shared(address, tiles, N: tl.constexpr):
     for c in tl.static_range(4):
         if N >= 16:  # a lane's four values of a tile at once
             tl.inline_asm_elementwise(
-                "st.shared.v4.f32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
+                "{ st.shared.v4.f32 [$4], {$8, $9, $10, $11}; "
+                "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }",
                 "=r,=r,=r,=r,r,r,r,r,f,f,f,f",
                 [at + c * (N * 32), tiles[c]],
                 tl.int32,
