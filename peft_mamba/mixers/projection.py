@@ -169,9 +169,10 @@ def columns_for(linear: nn.Module, x: Tensor, dtype: torch.dtype | None) -> int:
         dtype: to compute in.
     """
     known = plain(linear)
-    if known is None or known.A is None or not useful(*known.A.shape, x.device, dtype):
+    if known is None or known.A is None:
         return 0
-    return len(known.A)
+    rank, features = known.A.shape
+    return rank if useful(rank, features, x.device, dtype) else 0
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -295,7 +296,7 @@ class _Project(torch.autograd.Function):
             room = with_columns(x, 0 if A is None else len(A)) if product else None
             W = weight.to(dtype) if room is None else _with_columns(weight, len(A), dtype, columns)
             down: Any = None if A is None else A.to(dtype)
-            up = None if B is None else _scaled(B, scaling, dtype)
+            up: Any = None if B is None else _scaled(B, scaling, dtype)
             if A is not None:
                 kept = rows
                 if dropout:

@@ -119,10 +119,11 @@ def shared_memory(MORE: tl.constexpr):
     taken here is left to the L1 cache, which is small beside it.
     """
     if MORE:
-        asm: tl.constexpr = "{ .shared .align 16 .b8 states[16384]; mov.u32 $0, states; }"
+        eight: tl.constexpr = "{ .shared .align 16 .b8 states[16384]; mov.u32 $0, states; }"
+        return tl.inline_asm_elementwise(eight, "=r,r", [0], tl.int32, False, 1)
     else:
-        asm: tl.constexpr = "{ .shared .align 16 .b8 states[14336]; mov.u32 $0, states; }"
-    return tl.inline_asm_elementwise(asm, "=r,r", [0], tl.int32, False, 1)
+        seven: tl.constexpr = "{ .shared .align 16 .b8 states[14336]; mov.u32 $0, states; }"
+        return tl.inline_asm_elementwise(seven, "=r,r", [0], tl.int32, False, 1)
 
 
 @triton.jit
