@@ -23,11 +23,9 @@ from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
-# Tokens a chunk, and at most so many columns of the state at a time, in `key_gradients` fewer. float32 operands take
-# twice the room.
+# Tokens a chunk, and at most so many columns of the state at a time. float32 operands take twice the room.
 CHUNK, CHUNK_FLOAT32 = 64, 32
 STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 128, 32
-KEY_COLUMNS = 64
 # Elements of a tile of the state, fewer columns of a wide head.
 TILE = 64 * 128
 # Warps and stages of the pipeline, for bfloat16 and for the others; and registers, where heads are no wider than 64:
@@ -115,10 +113,6 @@ class _Plan(NamedTuple):
     @property
     def block_heads(self) -> int:
         return triton.cdiv(self.group_heads, self.blocks)
-
-    @property
-    def key_constants(self) -> dict:
-        return self.constants | {"N": min(self.constants["N"], KEY_COLUMNS)}
 
     def launch(self, kernel: str) -> dict:
         chosen = LAUNCH[kernel][self.float32]
@@ -234,9 +228,8 @@ class _SSD(torch.autograd.Function):
         dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape)
         dA = empty(plan.slots, plan.heads)
         dD = empty(plan.slots, plan.heads) if ctx.needs_input_grad[5] else None
-        # Sums of one block of heads each; B and C themselves where there is but one block.
-        partial = B.dtype if plan.blocks == 1 else torch.float32
-        dB, dC = (empty(plan.blocks, *B.shape, dtype=partial) for _ in range(2))
+        # dC's and dB's sums of one block of heads each; themselves where there is but one block.
+        partial = empty(plan.blocks, 2, *B.shape, dtype=B.dtype if plan.blocks == 1 else torch.float32)
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
         with torch.cuda.device_of(x):
             h, g, table = plan.states(x), plan.states(x), plan.table(cu_seqlens)
@@ -254,32 +247,34 @@ class _SSD(torch.autograd.Function):
             )
             blocks = (plan.block_heads, plan.blocks)
             strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
-            direct, within, leaving = (torch.empty_like(step) for _ in range(3))
+            direct, within = (torch.empty_like(step) for _ in range(2))
+            shared = empty(plan.slots, plan.groups * plan.blocks, *2 * (step.shape[2],), dtype=h.dtype)
             ssd_backward.value_gradients[(plan.slots * plan.groups * plan.blocks,)](
-                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, direct, within, leaving, dD),
-                *(*plan.sizes, *blocks, *strides),
+                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, shared),
+                *(direct, within, dD, *plan.sizes, *blocks, *strides),
                 HAS_D=D is not None,
                 WITH_D=dD is not None,
                 **plan.only("HAS_SEQ_IDX"),
                 **plan.constants,
                 **plan.launch("value_gradients"),
             )
-            tiles = triton.cdiv(plan.state_size, plan.key_constants["N"])
-            reading, both = empty(tiles, *step.shape), empty(tiles, *through.shape)
+            tiles = triton.cdiv(plan.state_size, plan.constants["N"])
+            reading, leaving = (empty(tiles, *step.shape) for _ in range(2))
+            both = empty(tiles, *through.shape)
             ssd_backward.key_gradients[(2 * tiles * plan.slots * plan.groups * plan.blocks,)](
-                *(x, B, C, step, sums, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC),
-                *(reading, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
-                **plan.only("HAS_SEQ_IDX"),
-                **plan.key_constants,
+                *(x, B, C, step, into, out, cu_seqlens, table, h, g, dy, shared, partial),
+                *(reading, leaving, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
+                **plan.only(),
+                **plan.constants,
                 **plan.launch("key_gradients"),
             )
             ssd_backward.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
-                *(A, step, through, lengths, cu_seqlens, table, direct, within, leaving, reading, both, ddt, dA),
+                *(A, step, through, lengths, cu_seqlens, table, direct, within, reading, leaving, both, ddt, dA),
                 *(plan.slots, plan.length, plan.chunks, plan.heads, tiles),
                 **plan.only("HAS_LENGTHS"),
                 H=STEP_HEADS,
             )
-        dB, dC = (partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype) for partial in (dB, dC))
+        dC, dB = partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype)
         dD = None if dD is None else dD.sum(0)
         return dx, ddt, dA.sum(0), dB, dC, dD, dinitial, None, None, None, None
 
