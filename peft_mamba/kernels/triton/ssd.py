@@ -275,8 +275,9 @@ class _SSD(torch.autograd.Function):
                 H=STEP_HEADS,
             )
         dC, dB = partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype)
+        dA = dA.sum(0) if ctx.needs_input_grad[2] else None
         dD = None if dD is None else dD.sum(0)
-        return dx, ddt, dA.sum(0), dB, dC, dD, dinitial, None, None, None, None
+        return dx, ddt, dA, dB, dC, dD, dinitial, None, None, None, None
 
 
 def ssd(

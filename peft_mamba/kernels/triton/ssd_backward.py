@@ -93,7 +93,13 @@ def value_gradients(
             gradient = g + mine * HEAD_SIZE * STATE_SIZE
             values = load_tile(x + head * x_head, q, x_token, real, p, HEAD_SIZE)
             douts = load_tile(dy + head * y_head, q, y_token, real, p, HEAD_SIZE).to(DOT)
+            # All loads at once: what is loaded after a barrier is waited for.
+            if TILES == 1:
+                columns = load_tile(gradient, p, STATE_SIZE, in_head, n, STATE_SIZE).to(DOT)
             sizes = tl.load(step + mine * Q + q)
+            left = tl.load(out + mine * Q + q)
+            if HAS_D:
+                skip = tl.load(D + head)
             decay = decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, True)
             weights = (scores * decay).to(DOT)
             pairs = tl.dot(values.to(DOT), tl.trans(douts), input_precision=INPUT) * decay
@@ -107,13 +113,13 @@ def value_gradients(
             for k in range(TILES):
                 if TILES > 1:
                     keys = load_tile(B, q, b_token, real, k * N + n, STATE_SIZE).to(DOT)
-                columns = load_tile(gradient, p, STATE_SIZE, in_head, k * N + n, STATE_SIZE).to(DOT)
+                    columns = load_tile(gradient, p, STATE_SIZE, in_head, k * N + n, STATE_SIZE).to(DOT)
                 after = tl.dot(keys, tl.trans(columns), acc=after, input_precision=INPUT)
-            after *= tl.load(out + mine * Q + q)[:, None]
+            after *= left[:, None]
             dvalues = tl.dot(weights, douts, acc=after, input_precision=INPUT)
             dvalues *= sizes[:, None]
             if HAS_D:
-                dvalues += douts.to(tl.float32) * tl.load(D + head)
+                dvalues += douts.to(tl.float32) * skip
             if WITH_D:
                 tl.store(dD + mine, tl.sum(douts.to(tl.float32) * values.to(tl.float32)))
             store_tile(dx + head * HEAD_SIZE, q, heads * HEAD_SIZE, real, p, in_head, dvalues)
@@ -172,25 +178,29 @@ def key_gradients(
         n = tile * N + tl.arange(0, N)
         x += row * x_row + here * x_token
         dy += row * y_row + here * y_token
-        keys = load_tile(B + row * b_row + here * b_token + group * b_group, q, b_token, real, n, STATE_SIZE).to(DOT)
-        queries = load_tile(C + row * c_row + here * c_token + group * c_group, q, c_token, real, n, STATE_SIZE).to(DOT)
+        B += row * b_row + here * b_token + group * b_group
+        C += row * c_row + here * c_token + group * c_group
         shared += program.to(tl.int64) * Q * Q
         part = tile.to(tl.int64) * slots * heads
         if back == 0:
+            queries = load_tile(C, q, c_token, real, n, STATE_SIZE).to(DOT)
             total = through_state(
                 dy, queries, h, g, into, step, reading, both,
                 slot, part, heads, begin, end, q, real, n, y_token, y_head,
                 False, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
             )  # fmt: skip
             pairs = load_tile(shared, q, Q, q < Q, q, Q).to(DOT)
+            keys = load_tile(B, q, b_token, real, n, STATE_SIZE).to(DOT)
             total = tl.dot(tl.trans(pairs), keys, acc=total, input_precision=INPUT)
         else:
+            keys = load_tile(B, q, b_token, real, n, STATE_SIZE).to(DOT)
             total = through_state(
                 x, keys, g, h, out, step, leaving, both,
                 slot, part, heads, begin, end, q, real, n, x_token, x_head,
                 True, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
             )  # fmt: skip
             pairs = load_tile(shared, q, Q, q < Q, q, Q).to(DOT)
+            queries = load_tile(C, q, c_token, real, n, STATE_SIZE).to(DOT)
             total = tl.dot(pairs, queries, acc=total, input_precision=INPUT)
         groups = heads // group_heads
         partial += ((((block * 2 + back) * batch + row) * length + here) * groups + group) * STATE_SIZE
