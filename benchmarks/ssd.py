@@ -63,9 +63,9 @@ def milliseconds(operation, tensors, dy) -> list[float]:
 
 def sweep(tensors, dy, described: dict) -> None:
     """Constants of ours: for each size of chunks, tiles and blocks the fastest launch of every kernel."""
-    for chunk, columns, heads, few in itertools.product((64, 128), (128, 64), (16, 8), (module.FEW_SEQUENCES, 0)):
-        module.CHUNK, module.STATE_COLUMNS, module.MAX_BLOCK_HEADS = chunk, columns, heads
-        module.FEW_SEQUENCES = few
+    for chunk, columns, heads, few in itertools.product((64, 128), (128, 64), (16, 12, 8), (module.FEW_SEQUENCES, 0)):
+        module.CHUNK, module.STATE_COLUMNS, module.FEW_SEQUENCES = chunk, columns, few
+        module.OUTPUT_HEADS = module.GRADIENT_HEADS = heads
         best: dict[str, tuple[float, str]] = {}
         for warps, stages, registers in itertools.product((4, 8), (1, 2, 3), (None, 128, 168)):
             launch = {"num_warps": warps, "num_stages": stages, **({"maxnreg": registers} if registers else {})}

@@ -23,23 +23,21 @@ from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
-# Tokens a chunk, and at most so many columns of the state at a time, in `key_gradients` fewer. float32 operands take
-# twice the room.
+# Tokens a chunk, and at most so many columns of the state at a time. float32 operands take twice the room.
 CHUNK, CHUNK_FLOAT32 = 64, 32
 STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 128, 32
-KEY_COLUMNS = 64
 # Elements of a tile of the state, fewer columns of a wide head.
 TILE = 64 * 128
 # Warps and stages of the pipeline, for bfloat16 and for the others; and registers, where heads are no wider than 64:
 # with 168 of them, three programs of four warps share a multiprocessor.
 LAUNCH = {
-    "states": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "states": ({"num_warps": 4, "num_stages": 3, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
     "outputs": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "value_gradients": ({"num_warps": 4, "num_stages": 1, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "key_gradients": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 8, "num_stages": 1}),
+    "value_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
+    "key_gradients": ({"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 1}),
 }
 # A program takes up to so many heads of a chunk, which share B and C; fewer where there are too few programs for that.
-MAX_BLOCK_HEADS, PROGRAMS = 16, 384
+OUTPUT_HEADS, GRADIENT_HEADS, PROGRAMS = 16, 12, 384
 # Heads of a program that takes sums of step sizes.
 STEP_HEADS = 16
 # Below this many sequences times heads, a sequence's state is divided among more programs.
@@ -106,19 +104,11 @@ class _Plan(NamedTuple):
     def group_heads(self) -> int:
         return self.heads // self.groups
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of a group's heads, all as large as they can be alike."""
-        most = max(1, min(MAX_BLOCK_HEADS, self.group_heads, self.slots * self.heads // PROGRAMS))
-        return triton.cdiv(self.group_heads, most)
-
-    @property
-    def block_heads(self) -> int:
-        return triton.cdiv(self.group_heads, self.blocks)
-
-    @property
-    def key_constants(self) -> dict:
-        return self.constants | {"N": min(self.constants["N"], KEY_COLUMNS)}
+    def heads_and_blocks(self, most: int) -> tuple[int, int]:
+        """Heads of a program, `most` of them at most, and how many programs a group's heads are for, all alike."""
+        most = max(1, min(most, self.group_heads, self.slots * self.heads // PROGRAMS))
+        blocks = triton.cdiv(self.group_heads, most)
+        return triton.cdiv(self.group_heads, blocks), blocks
 
     def launch(self, kernel: str) -> dict:
         chosen = LAUNCH[kernel][self.float32]
@@ -131,8 +121,10 @@ class _Plan(NamedTuple):
     def state_tiles(self) -> tuple[dict, int]:
         """Tiles of the state that a program carries through a sequence, and how many there are: small where there are
         few sequences."""
-        largest = 32 if self.sequences * self.heads < FEW_SEQUENCES else 64
-        p, n = (max(16, min(largest, triton.next_power_of_2(n))) for n in (self.head_size, self.state_size))
+        few = self.sequences * self.heads < FEW_SEQUENCES
+        largest = (32, 32) if few else (64, 64 if self.float32 else 128)
+        sizes = zip(largest, (self.head_size, self.state_size), strict=True)
+        p, n = (max(16, min(most, triton.next_power_of_2(size))) for most, size in sizes)
         tiles = triton.cdiv(self.head_size, p) * triton.cdiv(self.state_size, n)
         return self.only() | self.constants | {"P": p, "N": n}, tiles
 
@@ -203,9 +195,10 @@ def _forward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, ret
         h, table = plan.states(x), plan.table(cu_seqlens)
         steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
         _states(plan, steps, x, B, initial_state, cu_seqlens, h, final_state)
-        ssd_forward.outputs[(plan.slots * plan.groups * plan.blocks,)](
+        block_heads, blocks = plan.heads_and_blocks(OUTPUT_HEADS)
+        ssd_forward.outputs[(plan.slots * plan.groups * blocks,)](
             *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents, cu_seqlens, table, h, y),
-            *(*plan.sizes, plan.block_heads, plan.blocks, *_strides(x), *_strides(B), *_strides(C)),
+            *(*plan.sizes, block_heads, blocks, *_strides(x), *_strides(B), *_strides(C)),
             HAS_D=D is not None,
             **plan.only("HAS_SEQ_IDX"),
             **plan.constants,
@@ -226,6 +219,7 @@ class _SSD(torch.autograd.Function):
     def backward(ctx, dy, dfinal):  # type: ignore[override]  # mypy sees the decorator, not the method
         x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens = ctx.saved_tensors
         plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
+        block_heads, blocks = plan.heads_and_blocks(GRADIENT_HEADS)
         dy = torch.zeros_like(x) if dy is None else row_strides(dy)
 
         def empty(*shape, dtype=torch.float32):
@@ -234,9 +228,8 @@ class _SSD(torch.autograd.Function):
         dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape)
         dA = empty(plan.slots, plan.heads)
         dD = empty(plan.slots, plan.heads) if ctx.needs_input_grad[5] else None
-        # Sums of one block of heads each; B and C themselves where there is but one block.
-        partial = B.dtype if plan.blocks == 1 else torch.float32
-        dB, dC = (empty(plan.blocks, *B.shape, dtype=partial) for _ in range(2))
+        # dC's and dB's sums of one block of heads each; themselves where there is but one block.
+        partial = empty(blocks, 2, *B.shape, dtype=B.dtype if blocks == 1 else torch.float32)
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
         with torch.cuda.device_of(x):
             h, g, table = plan.states(x), plan.states(x), plan.table(cu_seqlens)
@@ -252,36 +245,38 @@ class _SSD(torch.autograd.Function):
                 **constants,
                 **plan.launch("states"),
             )
-            blocks = (plan.block_heads, plan.blocks)
             strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
-            direct, within, leaving = (torch.empty_like(step) for _ in range(3))
-            ssd_backward.value_gradients[(plan.slots * plan.groups * plan.blocks,)](
-                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, direct, within, leaving, dD),
-                *(*plan.sizes, *blocks, *strides),
+            direct, within = (torch.empty_like(step) for _ in range(2))
+            shared = empty(plan.slots, plan.groups * blocks, *2 * (step.shape[2],), dtype=h.dtype)
+            ssd_backward.value_gradients[(plan.slots * plan.groups * blocks,)](
+                *(x, B, C, D, step, sums, out, documents, cu_seqlens, table, g, dy, dx, shared),
+                *(direct, within, dD, *plan.sizes, block_heads, blocks, *strides),
                 HAS_D=D is not None,
                 WITH_D=dD is not None,
                 **plan.only("HAS_SEQ_IDX"),
                 **plan.constants,
                 **plan.launch("value_gradients"),
             )
-            tiles = triton.cdiv(plan.state_size, plan.key_constants["N"])
-            reading, both = empty(tiles, *step.shape), empty(tiles, *through.shape)
-            ssd_backward.key_gradients[(2 * tiles * plan.slots * plan.groups * plan.blocks,)](
-                *(x, B, C, step, sums, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC),
-                *(reading, both, plan.batch, plan.slots, *plan.sizes, *blocks, *strides),
-                **plan.only("HAS_SEQ_IDX"),
-                **plan.key_constants,
+            tiles = triton.cdiv(plan.state_size, plan.constants["N"])
+            reading, leaving = (empty(tiles, *step.shape) for _ in range(2))
+            both = empty(tiles, *through.shape)
+            ssd_backward.key_gradients[(2 * tiles * plan.slots * plan.groups * blocks,)](
+                *(x, B, C, step, into, out, cu_seqlens, table, h, g, dy, shared, partial),
+                *(reading, leaving, both, plan.batch, plan.slots, *plan.sizes, block_heads, blocks, *strides),
+                **plan.only(),
+                **plan.constants,
                 **plan.launch("key_gradients"),
             )
             ssd_backward.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
-                *(A, step, through, lengths, cu_seqlens, table, direct, within, leaving, reading, both, ddt, dA),
+                *(A, step, through, lengths, cu_seqlens, table, direct, within, reading, leaving, both, ddt, dA),
                 *(plan.slots, plan.length, plan.chunks, plan.heads, tiles),
                 **plan.only("HAS_LENGTHS"),
                 H=STEP_HEADS,
             )
-        dB, dC = (partial[0] if plan.blocks == 1 else partial.sum(0).to(B.dtype) for partial in (dB, dC))
+        dC, dB = partial[0] if blocks == 1 else partial.sum(0).to(B.dtype)
+        dA = dA.sum(0) if ctx.needs_input_grad[2] else None
         dD = None if dD is None else dD.sum(0)
-        return dx, ddt, dA.sum(0), dB, dC, dD, dinitial, None, None, None, None
+        return dx, ddt, dA, dB, dC, dD, dinitial, None, None, None, None
 
 
 def ssd(

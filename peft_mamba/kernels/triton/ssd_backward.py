@@ -58,16 +58,16 @@ def state_gradients(
 
 @triton.jit(do_not_specialize=VARYING)
 def value_gradients(
-    x, B, C, D, step, s, out, documents, cu_seqlens, table, g, dy, dx, direct, within, leaving, dD,
+    x, B, C, D, step, s, out, documents, cu_seqlens, table, g, dy, dx, shared, direct, within, dD,
     length, chunks, heads, group_heads, block_heads, blocks,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
     HAS_D: tl.constexpr, WITH_D: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk and block_heads heads of one group, and what the chunk adds to dD. For `step_gradients`:
-    `direct`, what dt_t gets as the factor of x_t, `leaving`, the part of it that comes from the state after, and
-    `within`, what s_t gets out of other tokens of the chunk, less what they get out of t."""
+    """dx of one chunk and block_heads heads of one group, and what the chunk adds to dD. For `key_gradients`: `shared`,
+    the gradient of B_r·C_t at [r, t], of all these heads. For `step_gradients`, of other tokens of the chunk: `direct`,
+    what dt_t gets as the factor of x_t, and of itself too, and `within`, what s_t gets, less what they get out of t."""
     slot, group, _, begin, end = heads_of(tl.program_id(0), heads, group_heads, block_heads, blocks)
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
@@ -87,91 +87,91 @@ def value_gradients(
                 keys = load_tile(B, q, b_token, real, k * N + n, STATE_SIZE).to(DOT)
             queries = load_tile(C, q, c_token, real, k * N + n, STATE_SIZE).to(DOT)
             scores = tl.dot(keys, tl.trans(queries), acc=scores, input_precision=INPUT)
+        summed = tl.zeros([Q, Q], tl.float32)
         for head in range(begin, end):
             mine = slot.to(tl.int64) * heads + head
             gradient = g + mine * HEAD_SIZE * STATE_SIZE
             values = load_tile(x + head * x_head, q, x_token, real, p, HEAD_SIZE)
             douts = load_tile(dy + head * y_head, q, y_token, real, p, HEAD_SIZE).to(DOT)
+            # All loads at once: what is loaded after a barrier is waited for.
+            if TILES == 1:
+                columns = load_tile(gradient, p, STATE_SIZE, in_head, n, STATE_SIZE).to(DOT)
             sizes = tl.load(step + mine * Q + q)
-            weights = scores * decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, True)
+            left = tl.load(out + mine * Q + q)
+            if HAS_D:
+                skip = tl.load(D + head)
+            decay = decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, True)
+            weights = (scores * decay).to(DOT)
+            pairs = tl.dot(values.to(DOT), tl.trans(douts), input_precision=INPUT) * decay
+            summed += pairs * sizes[:, None]
+            pairs *= scores
+            tl.store(direct + mine * Q + q, tl.sum(pairs, 1))
             # In float32, and without a token's pair with itself: the sums are of what largely cancels out.
-            pairs = tl.dot(values.to(DOT), tl.trans(douts), input_precision=INPUT) * weights * sizes[:, None]
-            pairs = tl.where(q[:, None] < q[None, :], pairs, 0.0)
+            pairs = tl.where(q[:, None] < q[None, :], pairs, 0.0) * sizes[:, None]
             tl.store(within + mine * Q + q, tl.sum(pairs, 0) - tl.sum(pairs, 1))
-            weights = weights.to(DOT)
             after = tl.zeros([Q, P], tl.float32)  # g B_t
             for k in range(TILES):
                 if TILES > 1:
                     keys = load_tile(B, q, b_token, real, k * N + n, STATE_SIZE).to(DOT)
-                columns = load_tile(gradient, p, STATE_SIZE, in_head, k * N + n, STATE_SIZE).to(DOT)
+                    columns = load_tile(gradient, p, STATE_SIZE, in_head, k * N + n, STATE_SIZE).to(DOT)
                 after = tl.dot(keys, tl.trans(columns), acc=after, input_precision=INPUT)
-            after *= tl.load(out + mine * Q + q)[:, None]
-            tl.store(leaving + mine * Q + q, tl.sum(values.to(tl.float32) * after, 1))
+            after *= left[:, None]
             dvalues = tl.dot(weights, douts, acc=after, input_precision=INPUT)
-            tl.store(direct + mine * Q + q, tl.sum(dvalues * values.to(tl.float32), 1))
             dvalues *= sizes[:, None]
             if HAS_D:
-                dvalues += douts.to(tl.float32) * tl.load(D + head)
+                dvalues += douts.to(tl.float32) * skip
             if WITH_D:
                 tl.store(dD + mine, tl.sum(douts.to(tl.float32) * values.to(tl.float32)))
             store_tile(dx + head * HEAD_SIZE, q, heads * HEAD_SIZE, real, p, in_head, dvalues)
+        store_tile(shared + tl.program_id(0).to(tl.int64) * Q * Q, q, Q, q < Q, q, q < Q, summed)
     elif WITH_D:
         for head in range(begin, end):
             tl.store(dD + slot.to(tl.int64) * heads + head, 0.0)
 
 
 @triton.jit
-def one_key_gradient(
-    x, dy, own, other, scale, step, s, documents, state, gradient, reading, both,
-    slot, part, heads, begin, end, q, real, n, x_token, x_head, y_token, y_head, own_token, other_token,
-    BACK: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+def through_state(
+    values, keys, state, opposite, factors, step, passed, both,
+    slot, part, heads, begin, end, q, real, n, token, head_stride,
+    BACK: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """What the heads from begin to end add to dC (own is C, other B); with BACK to dB, for which x and dy, C and B, and
-    the state and its gradient change places."""
+    """What comes through the state of the heads from begin to end: for dC, values are dy, keys C, and the state is the
+    one before; with BACK for dB, of x, B and the gradient of the state after."""
     p = tl.arange(0, P)
-    keys = load_tile(other, q, other_token, real, n, STATE_SIZE).to(DOT)
     total = tl.zeros([Q, N], tl.float32)
     for head in range(begin, end):
         mine = slot.to(tl.int64) * heads + head
-        values = load_tile(x + head * x_head, q, x_token, real, p, HEAD_SIZE).to(DOT)
-        douts = load_tile(dy + head * y_head, q, y_token, real, p, HEAD_SIZE).to(DOT)
-        columns = load_tile(state + mine * HEAD_SIZE * STATE_SIZE, p, STATE_SIZE, p < HEAD_SIZE, n, STATE_SIZE)
-        sizes = tl.load(step + mine * Q + q)
-        factor = tl.load(scale + mine * Q + q)
-        pairs = tl.dot(douts, tl.trans(values), input_precision=INPUT)
-        pairs *= decay_between(s, mine, documents, slot, HAS_SEQ_IDX, Q, BACK)
+        at = mine * HEAD_SIZE * STATE_SIZE
+        own = load_tile(values + head * head_stride, q, token, real, p, HEAD_SIZE).to(tl.float32)
+        columns = load_tile(state + at, p, STATE_SIZE, p < HEAD_SIZE, n, STATE_SIZE)
         if BACK:
-            pairs *= sizes[:, None]
-            factor *= sizes
-        else:
-            pairs *= sizes[None, :]
-            at = gradient + mine * HEAD_SIZE * STATE_SIZE
-            opposite = load_tile(at, p, STATE_SIZE, p < HEAD_SIZE, n, STATE_SIZE).to(tl.float32)
-            tl.store(both + part + mine, tl.sum(opposite * columns.to(tl.float32)))
-        added = tl.dot(douts, columns.to(DOT), input_precision=INPUT) * factor[:, None]
-        if not BACK:
-            ours = load_tile(own, q, own_token, real, n, STATE_SIZE).to(tl.float32)
-            tl.store(reading + (part + mine) * Q + q, tl.sum(ours * added, 1))
-        total = tl.dot(pairs.to(DOT), keys, acc=total + added, input_precision=INPUT)
+            others = load_tile(opposite + at, p, STATE_SIZE, p < HEAD_SIZE, n, STATE_SIZE)
+            tl.store(both + part + mine, tl.sum(columns.to(tl.float32) * others.to(tl.float32)))
+        factor = tl.load(factors + mine * Q + q)
+        read = tl.dot(keys, tl.trans(columns.to(DOT)), input_precision=INPUT)
+        tl.store(passed + (part + mine) * Q + q, tl.sum(read * own, 1) * factor)
+        if BACK:
+            factor *= tl.load(step + mine * Q + q)
+        total = tl.dot((own * factor[:, None]).to(DOT), columns.to(DOT), acc=total, input_precision=INPUT)
     return total
 
 
 @triton.jit(do_not_specialize=VARYING)
 def key_gradients(
-    x, B, C, step, s, into, out, documents, cu_seqlens, table, h, g, dy, dB, dC, reading, both,
+    x, B, C, step, into, out, cu_seqlens, table, h, g, dy, shared, partial, reading, leaving, both,
     batch, slots, length, chunks, heads, group_heads, block_heads, blocks,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group, y_row, y_token, y_head,
-    HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """What block_heads heads of one group add to dC or dB of one chunk in a tile of N columns; one program after the
-    other, as both read the same. For `step_gradients`, of these columns and every head: what s_t gets out of the state
-    before, which is C_t times the part of dC_t from there; and the product of h and g."""
+    other, as both read h. For `step_gradients`, of these columns and every head: `reading`, what s_t gets out of the
+    state before, `leaving`, what dt_t gets out of the one after, and `both`, the product of h and g."""
     back, program = tl.program_id(0) % 2, tl.program_id(0) // 2
     tiles = tl.cdiv(STATE_SIZE, N)
-    tile = program % tiles
-    slot, group, block, begin, end = heads_of(program // tiles, heads, group_heads, block_heads, blocks)
+    tile, program = program % tiles, program // tiles
+    slot, group, block, begin, end = heads_of(program, heads, group_heads, block_heads, blocks)
     row, first, stop = slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED, Q)
     if first < stop:
         q, _, here, real = tokens_of(first, stop, Q)
@@ -180,28 +180,36 @@ def key_gradients(
         dy += row * y_row + here * y_token
         B += row * b_row + here * b_token + group * b_group
         C += row * c_row + here * c_token + group * c_group
+        shared += program.to(tl.int64) * Q * Q
         part = tile.to(tl.int64) * slots * heads
-        groups = heads // group_heads
-        at = (((block * batch + row) * length + here) * groups + group) * STATE_SIZE
         if back == 0:
-            total = one_key_gradient(
-                x, dy, C, B, into, step, s, documents, h, g, reading, both,
-                slot, part, heads, begin, end, q, real, n, x_token, x_head, y_token, y_head, c_token, b_token,
-                False, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
+            queries = load_tile(C, q, c_token, real, n, STATE_SIZE).to(DOT)
+            total = through_state(
+                dy, queries, h, g, into, step, reading, both,
+                slot, part, heads, begin, end, q, real, n, y_token, y_head,
+                False, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
             )  # fmt: skip
-            store_tile(dC + at, q, groups * STATE_SIZE, real, n, n < STATE_SIZE, total)
+            pairs = load_tile(shared, q, Q, q < Q, q, Q).to(DOT)
+            keys = load_tile(B, q, b_token, real, n, STATE_SIZE).to(DOT)
+            total = tl.dot(tl.trans(pairs), keys, acc=total, input_precision=INPUT)
         else:
-            total = one_key_gradient(
-                dy, x, B, C, out, step, s, documents, g, h, reading, both,
-                slot, part, heads, begin, end, q, real, n, y_token, y_head, x_token, x_head, b_token, c_token,
-                True, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
+            keys = load_tile(B, q, b_token, real, n, STATE_SIZE).to(DOT)
+            total = through_state(
+                x, keys, g, h, out, step, leaving, both,
+                slot, part, heads, begin, end, q, real, n, x_token, x_head,
+                True, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
             )  # fmt: skip
-            store_tile(dB + at, q, groups * STATE_SIZE, real, n, n < STATE_SIZE, total)
+            pairs = load_tile(shared, q, Q, q < Q, q, Q).to(DOT)
+            queries = load_tile(C, q, c_token, real, n, STATE_SIZE).to(DOT)
+            total = tl.dot(pairs, queries, acc=total, input_precision=INPUT)
+        groups = heads // group_heads
+        partial += ((((block * 2 + back) * batch + row) * length + here) * groups + group) * STATE_SIZE
+        store_tile(partial, q, groups * STATE_SIZE, real, n, n < STATE_SIZE, total)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def step_gradients(
-    A, step, through, lengths, cu_seqlens, table, direct, within, leaving, reading, both, ddt, dA,
+    A, step, through, lengths, cu_seqlens, table, direct, within, reading, leaving, both, ddt, dA,
     slots, length, chunks, heads, tiles,
     HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
@@ -217,18 +225,21 @@ def step_gradients(
         at, inside = mine[None, :] * Q + q[:, None], there[None, :]
         exponent = tl.load(within + at, mask=inside, other=0.0)
         kept = tl.zeros([H], tl.float32)
+        left = tl.zeros([Q, H], tl.float32)
         for k in range(tiles):
             part = slots.to(tl.int64) * heads * k
             exponent += tl.load(reading + part * Q + at, mask=inside, other=0.0)
+            left += tl.load(leaving + part * Q + at, mask=inside, other=0.0)
             kept += tl.load(both + part + mine, mask=there, other=0.0)
         kept *= tl.load(through + mine, mask=there, other=0.0)
         sizes = tl.load(step + at, mask=inside, other=0.0)
-        left = tl.load(leaving + at, mask=inside, other=0.0) * sizes
+        factors = tl.load(direct + at, mask=inside, other=0.0) + left
+        left *= sizes
         # a_t is in the exponents of all that passes token t: s_t and later, what leaves earlier, and the state.
         gradient = tl.cumsum(exponent, 0, reverse=True) + (tl.cumsum(left, 0) - left) + kept[None, :]
         da = tl.sum(gradient * sizes, 0)
         gradient *= tl.load(A + head, mask=there, other=0.0)[None, :]
-        gradient += tl.load(direct + at, mask=inside, other=0.0)
+        gradient += factors
         if HAS_LENGTHS:
             gradient = tl.where((t < tl.load(lengths + row))[:, None], gradient, 0.0)
         store_tile(ddt + (row * length + here) * heads, q, heads, real, head, there, gradient)
