@@ -40,18 +40,32 @@ def rms_norm(
     """
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _run(fused.for_tensor(KERNELS, x), x, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
-    return _RMSNorm.apply(x, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
+        kernels = fused.for_tensor(KERNELS, x)
+        return _run(kernels, x, None, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
+    return _RMSNorm.apply(x, None, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
 
 
 def rms_norm_residual(
-    x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype | None = None
+    x: Tensor, weight: Tensor, eps: float, *, added: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway."""
+    """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway.
+
+    With `added` it is a fused add and norm: x + added takes the place of x, in the dtype that the two promote to. Both
+    results and all gradients are those of the sum and the norm one after the other, bit for bit.
+
+    Args:
+        weight: (D,).
+        added: of x's shape, (..., D).
+        out_dtype: of the normalised value; default: what weight and x promote to.
+    """
+    if added is not None:
+        x = x.to(torch.promote_types(x.dtype, added.dtype))
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _run(fused.for_tensor(KERNELS, x), x, weight, None, eps, x.shape[-1], out_dtype)[0], x
-    return _RMSNorm.apply(x, weight, None, eps, x.shape[-1], out_dtype, True)
+        kernels = fused.for_tensor(KERNELS, x)
+        y, _, residual = _run(kernels, x, added, weight, None, eps, x.shape[-1], out_dtype)
+        return y, residual
+    return _RMSNorm.apply(x, added, weight, None, eps, x.shape[-1], out_dtype, True)
 
 
 def _run(kernels, *arguments):
@@ -60,32 +74,36 @@ def _run(kernels, *arguments):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gate, eps, group_size, out_dtype, residual):
+    def forward(ctx, x, added, weight, gate, eps, group_size, out_dtype, residual):
         ctx.group_size, ctx.kernels = group_size, fused.for_tensor(KERNELS, x)
-        y, rstd = _run(ctx.kernels, x, weight, gate, eps, group_size, out_dtype)
+        y, rstd, x = _run(ctx.kernels, x, added, weight, gate, eps, group_size, out_dtype)
         ctx.save_for_backward(x, weight, gate, rstd)
         ctx.set_materialize_grads(False)
+        ctx.added = added.dtype if ctx.needs_input_grad[1] else None
         return (y, x) if residual else (y, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, d_residual):  # type: ignore[override]  # mypy sees the decorator, not the method
         if dy is None:
-            return d_residual, None, None, None, None, None, None
+            d_added = None if d_residual is None or ctx.added is None else d_residual.to(ctx.added)
+            return d_residual, d_added, *[None] * 6
         x, weight, gate, rstd = ctx.saved_tensors
         backward = _backward if ctx.kernels is None else ctx.kernels.backward
-        dx, dw, d_gate = backward(dy, x, weight, gate, rstd, ctx.group_size, d_residual, ctx.needs_input_grad[1])
-        return dx, dw, d_gate, None, None, None, None
+        for_weight = ctx.needs_input_grad[2]
+        gradients = backward(dy, x, weight, gate, rstd, ctx.group_size, d_residual, for_weight, ctx.added)
+        return *gradients, None, None, None, None
 
 
-def _forward(x, weight, gate, eps, group_size, out_dtype):
+def _forward(x, added, weight, gate, eps, group_size, out_dtype):
+    x = x if added is None else x + added
     h = _gated(x, gate)
     groups = h.unflatten(-1, (-1, group_size))
     rstd = torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)
     normed = (groups * rstd).flatten(-2).to(x.dtype)
     # In place where nothing else reads it: on a CPU fresh memory takes longer than the product.
     fits = normed.dtype == torch.promote_types(weight.dtype, x.dtype) and not torch.is_grad_enabled()
-    return torch.mul(weight, normed, out=normed if fits else None).to(out_dtype), rstd
+    return torch.mul(weight, normed, out=normed if fits else None).to(out_dtype), rstd, x
 
 
 def _gated(x, gate):
@@ -93,7 +111,7 @@ def _gated(x, gate):
     return h if gate is None else h * F.silu(gate.to(h.dtype))
 
 
-def _backward(dy, x, weight, gate, rstd, group_size, d_residual, for_weight):
+def _backward(dy, x, weight, gate, rstd, group_size, d_residual, for_weight, added):
     h = _gated(x, gate)
     dy = dy.to(h.dtype)
     normed = (h.unflatten(-1, (-1, group_size)) * rstd).flatten(-2)
@@ -108,4 +126,5 @@ def _backward(dy, x, weight, gate, rstd, group_size, d_residual, for_weight):
         dh = dh * (z * sigmoid)
     if d_residual is not None:
         dh = dh + d_residual.to(h.dtype)
-    return dh.to(x.dtype), dw, d_gate
+    dx = dh.to(x.dtype)
+    return dx, None if added is None else dx.to(added), dw, d_gate

@@ -16,24 +16,33 @@ ROWS_PER_PROGRAM = 16
 @triton.jit
 def _forward_kernel(
     X,
+    ADDED,
     W,
     Z,
     Y,
+    SUM,  # of X's dtype
     RSTD,
     stride_x,
+    stride_added,
     stride_z,
     stride_y,
     eps,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+    ADDS: tl.constexpr,
     GATED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), RUN)
     mask = columns < N
     at = group * N + columns
     x = tl.load(X + row * stride_x + at, mask=mask, other=0.0)
+    if ADDS:
+        added = tl.load(ADDED + row * stride_added + at, mask=mask, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + added).to(X.dtype.element_ty)
+        tl.store(SUM + row * stride_y + at, x, mask=mask)
     h = x.to(tl.float32)
     if GATED:
         z = tl.load(Z + row * stride_z + at, mask=mask, other=0.0).to(tl.float32)
@@ -54,6 +63,7 @@ def _backward_kernel(
     RSTD,
     DR,
     DX,
+    DA,  # DX in another dtype
     DZ,
     DW,
     stride_dy,
@@ -65,14 +75,16 @@ def _backward_kernel(
     rows,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
     ROWS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    FOR_ADDED: tl.constexpr,
     FOR_WEIGHT: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), RUN)
     mask = columns < N
     at = group * N + columns
     w = tl.load(W + at, mask=mask, other=0.0).to(tl.float32)
@@ -99,7 +111,10 @@ def _backward_kernel(
             dh = dh * z * sigmoid
         if RESIDUAL:
             dh += tl.load(DR + row * stride_dr + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(DX + row * stride_dx + at, dh.to(DX.dtype.element_ty), mask=here)
+        dx = dh.to(DX.dtype.element_ty)
+        tl.store(DX + row * stride_dx + at, dx, mask=here)
+        if FOR_ADDED:
+            tl.store(DA + row * stride_dx + at, dx.to(DA.dtype.element_ty), mask=here)
     if FOR_WEIGHT:
         tl.store(DW + program * (tl.num_programs(1) * N) + at, dw, mask=mask)
 
@@ -109,38 +124,58 @@ def _rows(x: Tensor) -> Tensor:
     return row_strides(x.reshape(-1, x.shape[-1]))
 
 
-def _launch(group_size: int) -> dict[str, int]:
+def _launch(group_size: int, *tensors: Tensor | None) -> dict[str, int]:
+    """How a kernel that loads rows of these tensors is launched."""
     block = triton.next_power_of_2(group_size)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    # A lane has as many neighbours as one load of the widest dtype brings. With more, as the narrowest would have it,
+    # loads of the widest leave out every other half of a sector, and its stores go through shared memory.
+    run = 16 // max(each.element_size() for each in tensors if each is not None)
+    return {"BLOCK": block, "RUN": run, "num_warps": min(max(block // 512, 1), 16)}
 
 
 def forward(
-    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, group_size: int, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """y, and 1 / root of the mean square of each row and group, (rows, groups) float32."""
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, 1 / root of the mean square of each row and group, (rows, groups) float32, and x + added or, without, x.
+
+    Args:
+        added: of x's shape, its dtype no wider than x's.
+    """
     rows = _rows(x)
     gates = rows if gate is None else _rows(gate)
+    addends = rows if added is None else _rows(added)
     groups = x.shape[-1] // group_size
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
     if not len(rows):
-        return y, rstd
+        return y, rstd, total
     with torch.cuda.device_of(x):
         _forward_kernel[(len(rows), groups)](
             rows,
+            addends,
             weight,
             gates,
             y,
+            total,
             rstd,
             rows.stride(0),
+            addends.stride(0),
             gates.stride(0),
             x.shape[-1],
             eps,
             N=group_size,
+            ADDS=added is not None,
             GATED=gate is not None,
-            **_launch(group_size),
+            **_launch(group_size, x, added, gate, y),
         )
-    return y, rstd
+    return y, rstd, total
 
 
 def backward(
@@ -152,13 +187,20 @@ def backward(
     group_size: int,
     d_residual: Tensor | None,
     for_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (that of the residual added), of the weight if asked for, and of the gate if there is one."""
+    added: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (that of the residual added), of `added`, of the weight if asked for, and of a gate.
+
+    Args:
+        x: the sum, where there is one.
+        added: dtype of what was added to it; None: nothing was, or it gets no gradient.
+    """
     rows, d_rows = _rows(x), _rows(dy)
     gates = rows if gate is None else _rows(gate)
     residual = d_rows if d_residual is None else _rows(d_residual)
     groups = x.shape[-1] // group_size
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_added = None if added is None else dx if added == x.dtype else torch.empty_like(dx, dtype=added)
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     each = ROWS_PER_PROGRAM if for_weight else 1
     programs = triton.cdiv(len(rows), each)
@@ -172,6 +214,7 @@ def backward(
             rstd,
             residual,
             dx,
+            dx if d_added is None else d_added,
             dx if d_gate is None else d_gate,
             partial,
             d_rows.stride(0),
@@ -185,7 +228,8 @@ def backward(
             ROWS=each,
             GATED=gate is not None,
             RESIDUAL=d_residual is not None,
+            FOR_ADDED=d_added is not None and d_added is not dx,
             FOR_WEIGHT=for_weight,
-            **_launch(group_size),
+            **_launch(group_size, dy, x, gate, d_residual),
         )
-    return dx, partial.sum(0).to(weight.dtype) if for_weight else None, d_gate
+    return dx, d_added, partial.sum(0).to(weight.dtype) if for_weight else None, d_gate

@@ -5,6 +5,7 @@ As with the mixers, transformers' modules keep their names and parameters and ch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,8 +73,24 @@ class Block:
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        def run(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-            return self._parts(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        return _summed(*self.unsummed(hidden_states, None, cache_params, attention_mask, **kwargs))
+
+    def unsummed(
+        self,
+        hidden_states: Tensor,
+        added: Tensor | None = None,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The forward of hidden_states + added, and of its result the two terms, for the next block to add.
+
+        Args:
+            hidden_states, added: (B, L, hidden_size) each; added is None where there is one term alone.
+        """
+
+        def run(hidden_states: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return self._parts(hidden_states, added, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
         # A cache is written once; transformers' own checkpoint makes everything again already.
         trains = self.training and torch.is_grad_enabled() and cache_params is None
@@ -82,30 +99,35 @@ class Block:
             level = "none"
         if level == "block":
             parameters = [each for each in self.parameters() if each.requires_grad]
-            return checkpointed(run, hidden_states, parameters, draws=self.draws())
+            return checkpointed(run, _summed(hidden_states, added), parameters, draws=self.draws()), None
         if level == "mixer" and not in_other_hands():
             with Remakes().collecting():
-                residual, mixed = run(hidden_states)
-        else:
-            residual, mixed = run(hidden_states)
-        return residual + mixed
+                return run(hidden_states, added)
+        return run(hidden_states, added)
 
     def draws(self) -> bool:
         """Whether running it draws random numbers, see `projection.draws`."""
         layers = [each for each in self.mixer.children() if isinstance(each, nn.Linear) or is_adapted(each)]
         return any(map(draws, layers))
 
-    def _parts(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def _parts(self, hidden_states: Tensor, added: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
         """The residual, and what the mixer adds to it."""
-        norm, residual = self.norm, hidden_states
-        if type(norm) in (MambaRMSNorm, Mamba2RMSNorm) and not hooked(norm):
+        norm = self.norm
+        ours = type(norm) in (MambaRMSNorm, Mamba2RMSNorm) and not hooked(norm)
+        if added is not None:
+            dtype = torch.promote_types(hidden_states.dtype, added.dtype)
+            if not ours or not hidden_states.dtype == dtype == norm.weight.dtype:  # else the norm adds them
+                hidden_states, added = hidden_states + added, None
+        residual = hidden_states
+        if ours:
             hidden_states = hidden_states.to(norm.weight.dtype)
             # What a plain in_proj under autocast would round its input to.
             device, out_dtype = hidden_states.device.type, None
             if torch.is_autocast_enabled(device) and plain(self.mixer.in_proj) is not None:
                 out_dtype = torch.get_autocast_dtype(device)
-            source, eps = hidden_states.detach(), norm.variance_epsilon
-            normed, same = rms_norm_residual(hidden_states, norm.weight, eps, out_dtype=out_dtype)
+            eps = norm.variance_epsilon
+            normed, same = rms_norm_residual(hidden_states, norm.weight, eps, added=added, out_dtype=out_dtype)
+            source = same.detach()
             residual = same if residual is hidden_states else residual
             can_be_remade(normed, lambda: rms_norm(source, norm.weight, eps, out_dtype=out_dtype))
         else:
@@ -115,19 +137,39 @@ class Block:
         return residual, self.mixer(normed, **kwargs)
 
 
+def _summed(hidden_states: Tensor, added: Tensor | None) -> Tensor:
+    return hidden_states if added is None else hidden_states + added
+
+
 class MambaBlock(Block, modeling_mamba.MambaBlock):
     """See Block."""
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+    def unsummed(self, hidden_states, added=None, cache_params=None, attention_mask=None, **kwargs):
         # transformers drops further arguments here, too; the boundaries of packed documents come with the mask.
-        return Block.forward(self, hidden_states, cache_params, attention_mask)
+        return Block.unsummed(self, hidden_states, added, cache_params, attention_mask)
 
 
 class Mamba2Block(Block, modeling_mamba2.Mamba2Block):
     """See Block."""
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        return Block.forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+
+def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor:
+    """Blocks one after the other: what a mixer adds to the residual is added by the next block's norm, in one kernel.
+
+    A block that is not ours, or whose call does more than its forward, is called as the module it is.
+
+    Args:
+        hidden_states: (B, L, hidden_size).
+        kwargs: of every block.
+    """
+    added = None
+    for block in blocks:
+        ours = type(block) in (MambaBlock, Mamba2Block)
+        if ours and not (hooked(block) or block.gradient_checkpointing):
+            hidden_states, added = block.unsummed(hidden_states, added, **kwargs)
+        else:
+            hidden_states, added = block(_summed(hidden_states, added), **kwargs), None
+    return _summed(hidden_states, added)
 
 
 # transformers' class to ours.

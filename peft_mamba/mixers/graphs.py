@@ -31,7 +31,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels import ENVIRONMENT_VARIABLE
-from .block import Block
+from .block import Block, run_blocks
 from .projection import hooked
 from .recomputation import autocast_like_now, in_other_hands
 from .sequences import PackedSequences
@@ -127,9 +127,7 @@ class _Graphs:
             graph = self._find(blocks, hidden_states, inputs)
             if graph is not None:
                 return graph(hidden_states, inputs)
-        for block in blocks:
-            hidden_states = block(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
-        return hidden_states
+        return run_blocks(blocks, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
     def _find(self, blocks: list[Block], hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> _StackGraph | None:
         """The graph to use for this forward; None: run it without."""
@@ -189,9 +187,7 @@ class _StackGraph:
         rows = _rows(self._inputs)
         with torch.cuda.device(device), _as_other_leaves(blocks) as leaves:
             with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=mode), precision():
-                y = self._x
-                for block in blocks:
-                    y = block(y, attention_mask=rows)
+                y = run_blocks(blocks, self._x, attention_mask=rows)
             self._dy = torch.empty_like(y)
             wanted = [self._x, *leaves] if self._x.requires_grad else leaves
             with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):

@@ -101,6 +101,22 @@ def test_trains_the_same(family, kind, level, replays):
     both(family, kind, [batch(seed) for seed in range(STEPS)], replays, level)
 
 
+@pytest.mark.parametrize("precision", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_that_add_what_the_mixers_made_change_no_bit(family, level, precision, monkeypatch):
+    """Run without a graph, the blocks do what a graph would capture."""
+    monkeypatch.setattr(graphs._Graphs, "_find", lambda *args: None)
+    model = trained(family, "all", num_hidden_layers=3).cuda()
+    recompute(model, level)
+    expected = losses(model, [batch(0)], precision, accumulate=2)
+    model.zero_grad()
+    use_cuda_graphs(model)
+    ((loss, gradients),) = losses(model, [batch(0)], precision, accumulate=2)
+    assert torch.equal(loss, expected[0][0])
+    assert all(torch.equal(gradient, expected[0][1][name]) for name, gradient in gradients.items())
+
+
 @pytest.mark.parametrize("precision", [None, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_add_up_over_batches(family, precision, replays):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_mamba import use_cuda_graphs
-from peft_mamba.mixers import graphs
+from peft_mamba.kernels import norm
+from peft_mamba.mixers import LEVELS, block, graphs, recompute
+from peft_mamba.mixers.block import MambaBlock
 
 from .test_recompute import step, trained
-from .tiny import tiny_model, tokens
+from .tiny import PRECISIONS, tiny_model, tokens
 
 FAMILIES = ("mamba", "mamba2")
 
@@ -32,6 +36,109 @@ def test_on_a_cpu_all_runs_as_before(family):
     assert len(states) == 3
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, use_cuda_graphs(model, False) and model(tokens()).logits)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Of every norm in front of a mixer: whether it adds what the block before it has made."""
+    seen = []
+
+    def watched(*args, added=None, **kwargs):
+        seen.append(added is not None)
+        return norm.rms_norm_residual(*args, added=added, **kwargs)
+
+    monkeypatch.setattr(block, "rms_norm_residual", watched)
+    return seen
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["full", "sll", "all", "dropout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_norms_add_what_the_mixers_made(family, kind, level, precision, fused):
+    """But where a block is made again from its input."""
+    model = trained(family, kind, num_hidden_layers=3)
+    recompute(model, level)
+    expected = step(model, PRECISIONS[precision] if precision else None)
+    assert not any(fused)
+    fused.clear()
+    use_cuda_graphs(model)
+    loss, after, gradients = step(model, PRECISIONS[precision] if precision else None)
+    assert fused == ([False] * 6 if level == "block" else [False, True, True])
+    assert torch.equal(loss, expected[0]) and torch.equal(after, expected[1])
+    assert gradients.keys() == expected[2].keys()
+    assert all(torch.equal(gradient, expected[2][name]) for name, gradient in gradients.items())
+
+
+CHECKPOINTING = {
+    "gradient_checkpointing": True,
+    "_gradient_checkpointing_func": functools.partial(checkpoint, use_reentrant=False),
+}
+
+
+class Doubled(nn.Module):
+    """A norm that is not ours."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight = norm.weight
+
+    def forward(self, x):
+        return 2 * self.weight * x
+
+
+class Other(MambaBlock):
+    """A block with a forward of its own."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs) * 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "adding"),
+    [
+        (lambda blocks: blocks[1].norm.register_forward_hook(lambda module, args, output: 3 * output), [0, 1]),
+        (lambda blocks: setattr(blocks[1], "norm", Doubled(blocks[1].norm)), [0, 1]),
+        (lambda blocks: blocks[1].register_forward_hook(lambda module, args, output: 3 * output), [0, 0, 0]),
+        (lambda blocks: blocks[0].register_forward_pre_hook(lambda module, args: (3 * args[0],)), [0, 0, 1]),
+        (lambda blocks: setattr(blocks[0], "forward", functools.partial(torch.mul, 3)), [0, 1]),
+        (lambda blocks: setattr(blocks[0], "__class__", Other), [0, 0, 1]),
+        (lambda blocks: vars(blocks[1]).update(CHECKPOINTING), [0, 0, 0, 0]),
+        (lambda blocks: setattr(blocks[1], "recompute", "block"), [0, 0, 0, 0]),
+        (lambda blocks: [each.norm.bfloat16() for each in blocks], [0, 0, 0]),
+        (lambda blocks: [setattr(each, "residual_in_fp32", False) for each in blocks], [0, 1, 1]),
+    ],
+)
+def test_where_a_sum_is_made_before_the_norm(change, adding, fused):
+    model = trained("mamba", "full", num_hidden_layers=3)
+    change(list(model.backbone.layers))
+
+    def run(blocks):
+        fused.clear()
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = blocks(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *model.backbone.layers.parameters()], allow_unused=True)
+
+    expected = run(lambda x: functools.reduce(lambda x, each: each(x), model.backbone.layers, x))
+    assert not any(fused)
+    mine = run(lambda x: block.run_blocks(model.backbone.layers, x))
+    assert fused == adding
+    for actual, right in zip(mine, expected, strict=True):
+        assert (actual is None) == (right is None)
+        assert actual is None or (actual.dtype == right.dtype and torch.equal(actual, right))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_and_packed_rows_go_through_the_fused_norms(family, fused):
+    model = trained(family, "sll").eval()
+    seq_idx = (torch.arange(20) >= 12).int().expand(3, -1)
+    expected = model(tokens(), seq_idx=seq_idx).logits, model.generate(input_ids=tokens(), max_new_tokens=4)
+    assert not any(fused)
+    use_cuda_graphs(model)
+    assert torch.equal(model(tokens(), seq_idx=seq_idx).logits, expected[0])
+    assert torch.equal(model.generate(input_ids=tokens(), max_new_tokens=4), expected[1])
+    assert sum(fused) == 5
 
 
 def test_a_forward_that_fails_leaves_the_blocks_as_they_were():

@@ -65,6 +65,53 @@ def test_the_residuals_gradient_is_added():
     assert torch.equal(through, dr)
 
 
+@pytest.mark.parametrize("for_weight", [False, True])
+@pytest.mark.parametrize("wanted", ["both", "x", "added"])
+@pytest.mark.parametrize(
+    ("x_dtype", "added_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_the_fused_sum_is_the_sum_bit_for_bit(x_dtype, added_dtype, wanted, for_weight):
+    inputs = [torch.randn(4, 6, 24).to(x_dtype), torch.randn(4, 6, 24).to(added_dtype), torch.randn(24)]
+    gradients = (wanted != "added", wanted != "x", for_weight)
+
+    def run(normalise, *used):
+        x, added, weight = (a.clone().requires_grad_(b) for a, b in zip(inputs, gradients, strict=True))
+        outputs = normalise(x, added, weight)
+        torch.manual_seed(1)
+        along = [torch.randn_like(outputs[i]) for i in used]
+        leaves = [each for each in (x, added, weight) if each.requires_grad]
+        return [*outputs, *torch.autograd.grad([outputs[i] for i in used], leaves, along, allow_unused=True)]
+
+    def fused(x, added, weight):
+        return rms_norm_residual(x, weight, 1e-5, added=added, out_dtype=torch.bfloat16)
+
+    def apart(x, added, weight):
+        return rms_norm_residual(x + added, weight, 1e-5, out_dtype=torch.bfloat16)
+
+    for used in ((0, 1), (0,), (1,)):
+        for mine, theirs in zip(run(fused, *used), run(apart, *used), strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+    with torch.no_grad():
+        assert all(map(torch.equal, fused(*inputs), apart(*inputs)))
+    x, added, weight = inputs
+    y, residual = rms_norm_residual(x, weight.bfloat16(), 1e-5, added=added)
+    assert y.dtype == residual.dtype == torch.promote_types(x_dtype, added_dtype)
+
+
+def test_the_fused_sum_keeps_the_sum_alone():
+    x, added = torch.randn(50, 64, requires_grad=True), torch.randn(50, 64, requires_grad=True)
+    weight = torch.randn(64)
+    kept = kept_for_backward(lambda: rms_norm_residual(x, weight, 1e-5, added=added), [weight])
+    assert kept == 4 * (x.numel() + len(x))
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradcheck(gated):
     x, weight, gate = (torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
