@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from .kernels.room import with_room
 from .mixers.projection import PRECAST, columns_for, hooked, is_adapted, is_bare, is_linear
-from .mixers.room import with_room
 from .mixers.state import CachedMixer
 from .precision import Precision
 
@@ -103,7 +103,7 @@ class _Precast:
         layer = _base(adapted)
         self.name, self.parameter = name, layer.weight
         self._layer, self._dtype, self._original = layer, dtype, layer.weight.data.cpu()
-        self.columns = columns_for(adapted, self.parameter, dtype)  # free ones behind the weight's, see `mixers.room`
+        self.columns = columns_for(adapted, self.parameter, dtype)  # free ones behind the weight's, see `kernels.room`
         cast = with_room(self.parameter.shape, self.columns, dtype, self.parameter.device)
         self.parameter.data = cast.copy_(self.parameter.data)
         vars(layer)[PRECAST] = self

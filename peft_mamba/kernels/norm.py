@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import fused
 from .reference import Tensor, accumulator_dtype
+from .room import with_room
 
 KERNELS = "norm_triton"
 
@@ -27,6 +28,7 @@ def rms_norm(
     gate: Tensor | None = None,
     group_size: int | None = None,
     out_dtype: torch.dtype | None = None,
+    columns: int = 0,
 ) -> Tensor:
     """`weight` times `x` (times silu(gate)) over the root of its mean square; (..., D).
 
@@ -37,16 +39,23 @@ def rms_norm(
         gate: (..., D) or None.
         group_size: channels that share a mean; D if None.
         out_dtype: the result is rounded to it; default: what weight and x promote to.
+        columns: that the result has free behind each row, see `room`.
     """
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         kernels = fused.for_tensor(KERNELS, x)
-        return _run(kernels, x, None, weight, gate, eps, group_size or x.shape[-1], out_dtype)[0]
-    return _RMSNorm.apply(x, None, weight, gate, eps, group_size or x.shape[-1], out_dtype, False)[0]
+        return _run(kernels, x, None, weight, gate, eps, group_size or x.shape[-1], out_dtype, columns)[0]
+    return _RMSNorm.apply(x, None, weight, gate, eps, group_size or x.shape[-1], out_dtype, columns, False)[0]
 
 
 def rms_norm_residual(
-    x: Tensor, weight: Tensor, eps: float, *, added: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    columns: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway.
 
@@ -57,15 +66,16 @@ def rms_norm_residual(
         weight: (D,).
         added: of x's shape, (..., D).
         out_dtype: of the normalised value; default: what weight and x promote to.
+        columns: that it has free behind each row, see `room`.
     """
     if added is not None:
         x = x.to(torch.promote_types(x.dtype, added.dtype))
     out_dtype = out_dtype or torch.promote_types(weight.dtype, x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         kernels = fused.for_tensor(KERNELS, x)
-        y, _, residual = _run(kernels, x, added, weight, None, eps, x.shape[-1], out_dtype)
+        y, _, residual = _run(kernels, x, added, weight, None, eps, x.shape[-1], out_dtype, columns)
         return y, residual
-    return _RMSNorm.apply(x, added, weight, None, eps, x.shape[-1], out_dtype, True)
+    return _RMSNorm.apply(x, added, weight, None, eps, x.shape[-1], out_dtype, columns, True)
 
 
 def _run(kernels, *arguments):
@@ -74,9 +84,9 @@ def _run(kernels, *arguments):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, added, weight, gate, eps, group_size, out_dtype, residual):
+    def forward(ctx, x, added, weight, gate, eps, group_size, out_dtype, columns, residual):
         ctx.group_size, ctx.kernels = group_size, fused.for_tensor(KERNELS, x)
-        y, rstd, x = _run(ctx.kernels, x, added, weight, gate, eps, group_size, out_dtype)
+        y, rstd, x = _run(ctx.kernels, x, added, weight, gate, eps, group_size, out_dtype, columns)
         ctx.save_for_backward(x, weight, gate, rstd)
         ctx.set_materialize_grads(False)
         ctx.added = added.dtype if ctx.needs_input_grad[1] else None
@@ -87,15 +97,15 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy, d_residual):  # type: ignore[override]  # mypy sees the decorator, not the method
         if dy is None:
             d_added = None if d_residual is None or ctx.added is None else d_residual.to(ctx.added)
-            return d_residual, d_added, *[None] * 6
+            return d_residual, d_added, *[None] * 7
         x, weight, gate, rstd = ctx.saved_tensors
         backward = _backward if ctx.kernels is None else ctx.kernels.backward
         for_weight = ctx.needs_input_grad[2]
         gradients = backward(dy, x, weight, gate, rstd, ctx.group_size, d_residual, for_weight, ctx.added)
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 5
 
 
-def _forward(x, added, weight, gate, eps, group_size, out_dtype):
+def _forward(x, added, weight, gate, eps, group_size, out_dtype, columns):
     x = x if added is None else x + added
     h = _gated(x, gate)
     groups = h.unflatten(-1, (-1, group_size))
@@ -103,7 +113,8 @@ def _forward(x, added, weight, gate, eps, group_size, out_dtype):
     normed = (groups * rstd).flatten(-2).to(x.dtype)
     # In place where nothing else reads it: on a CPU fresh memory takes longer than the product.
     fits = normed.dtype == torch.promote_types(weight.dtype, x.dtype) and not torch.is_grad_enabled()
-    return torch.mul(weight, normed, out=normed if fits else None).to(out_dtype), rstd, x
+    y = torch.mul(weight, normed, out=normed if fits else None).to(out_dtype)
+    return with_room(y.shape, columns, y.dtype, y.device).copy_(y) if columns else y, rstd, x
 
 
 def _gated(x, gate):

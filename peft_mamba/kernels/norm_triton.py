@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .room import with_room
 from .triton.common import Tensor, row_strides
 
 # Rows that a program of the backward goes through where it sums the weight's gradient, which leaves one partial sum a
@@ -26,6 +27,7 @@ def _forward_kernel(
     stride_added,
     stride_z,
     stride_y,
+    stride_sum,
     eps,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,7 +44,7 @@ def _forward_kernel(
     if ADDS:
         added = tl.load(ADDED + row * stride_added + at, mask=mask, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + added).to(X.dtype.element_ty)
-        tl.store(SUM + row * stride_y + at, x, mask=mask)
+        tl.store(SUM + row * stride_sum + at, x, mask=mask)
     h = x.to(tl.float32)
     if GATED:
         z = tl.load(Z + row * stride_z + at, mask=mask, other=0.0).to(tl.float32)
@@ -141,17 +143,19 @@ def forward(
     eps: float,
     group_size: int,
     out_dtype: torch.dtype,
+    columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, 1 / root of the mean square of each row and group, (rows, groups) float32, and x + added or, without, x.
 
     Args:
         added: of x's shape, its dtype no wider than x's.
+        columns: that are left free behind each row of y.
     """
     rows = _rows(x)
     gates = rows if gate is None else _rows(gate)
     addends = rows if added is None else _rows(added)
     groups = x.shape[-1] // group_size
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    y = with_room(x.shape, columns, out_dtype, x.device)
     total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
     if not len(rows):
@@ -168,6 +172,7 @@ def forward(
             rows.stride(0),
             addends.stride(0),
             gates.stride(0),
+            x.shape[-1] + columns,
             x.shape[-1],
             eps,
             N=group_size,

@@ -15,7 +15,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
-from .projection import draws, hooked, is_adapted, plain
+from .projection import columns_for, draws, hooked, is_adapted, plain
 from .recomputation import DEFAULT, Remakes, can_be_remade, checkpointed, in_other_hands
 
 Tensor = torch.Tensor
@@ -43,7 +43,11 @@ class MambaRMSNormGated(modeling_mamba2.MambaRMSNormGated):
     """Mamba-2's norm of y · silu(z), which keeps y and z alone for backward."""
 
     def forward(
-        self, hidden_states: Tensor, gate: Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        hidden_states: Tensor,
+        gate: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        columns: int = 0,
     ) -> Tensor:
         return rms_norm(
             hidden_states,
@@ -52,6 +56,7 @@ class MambaRMSNormGated(modeling_mamba2.MambaRMSNormGated):
             gate=gate,
             group_size=self.group_size,
             out_dtype=out_dtype,
+            columns=columns,
         )
 
 
@@ -126,10 +131,11 @@ class Block:
             if torch.is_autocast_enabled(device) and plain(self.mixer.in_proj) is not None:
                 out_dtype = torch.get_autocast_dtype(device)
             eps = norm.variance_epsilon
-            normed, same = rms_norm_residual(hidden_states, norm.weight, eps, added=added, out_dtype=out_dtype)
+            made: Any = {"out_dtype": out_dtype, "columns": columns_for(self.mixer.in_proj, hidden_states, out_dtype)}
+            normed, same = rms_norm_residual(hidden_states, norm.weight, eps, added=added, **made)
             source = same.detach()
             residual = same if residual is hidden_states else residual
-            can_be_remade(normed, lambda: rms_norm(source, norm.weight, eps, out_dtype=out_dtype))
+            can_be_remade(normed, lambda: rms_norm(source, norm.weight, eps, **made))
         else:
             normed = norm(hidden_states.to(norm.weight.dtype))
         if self.residual_in_fp32:

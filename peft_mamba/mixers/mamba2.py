@@ -12,7 +12,7 @@ from .. import kernels
 from ..frozen import from_weights
 from ..kernels.reference import accumulator_dtype
 from .block import MambaRMSNormGated
-from .projection import hooked, project
+from .projection import columns_for, hooked, project
 from .recomputation import can_be_remade
 from .sequences import PackedSequences
 from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
@@ -96,7 +96,8 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:
         if type(self.norm) is not MambaRMSNormGated or hooked(self.norm):
             return self.norm(y, z).to(y.dtype)
-        normed = self.norm(y, z, out_dtype=y.dtype)
+        made = {"out_dtype": y.dtype, "columns": columns_for(self.out_proj, y, y.dtype)}
+        normed = self.norm(y, z, **made)
         source, gate = y.detach(), z.detach()
-        can_be_remade(normed, lambda: self.norm(source, gate, out_dtype=y.dtype))
+        can_be_remade(normed, lambda: self.norm(source, gate, **made))
         return normed

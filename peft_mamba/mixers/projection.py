@@ -30,9 +30,9 @@ from torch.torch_version import TorchVersion
 
 from ..frozen import from_weights
 from ..kernels.products import add_products, from_both_sides
+from ..kernels.room import HALF, useful, widened, with_columns
 from .linear import Linear
 from .recomputation import remakes_some, runs_again
-from .room import HALF, useful, widened, with_columns
 
 Tensor = torch.Tensor
 
@@ -162,13 +162,13 @@ def plain(linear: nn.Module) -> Plain | None:
 
 
 def columns_for(linear: nn.Module, x: Tensor, dtype: torch.dtype | None) -> int:
-    """Columns that `linear`'s input, or its weight, gains by where they are free behind it, see `room`.
+    """Columns that `linear`'s input, or its weight, gains by in training if they are free behind it: `kernels.room`.
 
     Args:
         x: of as many features, on the device.
         dtype: to compute in.
     """
-    known = plain(linear)
+    known = plain(linear) if runs_for_backward(linear) else None
     if known is None or known.A is None:
         return 0
     rank, features = known.A.shape

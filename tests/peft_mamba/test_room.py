@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from peft_mamba.mixers import projection, room
+from peft_mamba.kernels import room
+from peft_mamba.mixers import projection
 from peft_mamba.mixers.projection import columns_for, project
+from peft_mamba.mixers.recomputation import LEVELS, recompute
+from peft_mamba.precast import precast_frozen_weights
 
+from .test_precast import assert_same_bits, train, trained
 from .test_projection import IN, LAYERS, OUT, adapted
 from .tiny import relative_rms
 
@@ -122,3 +126,40 @@ def test_a_tensor_of_the_same_memory_has_no_room():
     for other in (x[:2], x.view_as(x), x + 0, x.detach(), x.clone()):
         assert room.with_columns(other, 4) is None
     assert room.with_columns(x, 3) is None
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_model_trains_the_same_bits_at_every_level_and_with_weights_held_in_half(family, level, monkeypatch):
+    """Memory of an input that is made again is not what its room's is kept in."""
+    widths = []
+
+    def seen(x, columns):
+        found = room.with_columns(x, columns)
+        widths.append(found is not None)
+        return found
+
+    monkeypatch.setattr(projection, "with_columns", seen)
+    models = [trained(family, "sll") for _ in range(3)]
+    recompute(models[0], "none")
+    for model in models[1:]:
+        recompute(model, level)
+    expected = train(models[0], torch.bfloat16)
+    assert any(widths), "no input had room"
+    assert_same_bits(train(models[1], torch.bfloat16), expected)
+    with precast_frozen_weights(models[2], "bf16"):
+        assert {each.stride(0) - each.shape[1] for each in of_in_proj(models[2])} != {0}, "no weight has room"
+        assert_same_bits(train(models[2], torch.bfloat16), expected)
+
+
+def of_in_proj(model):
+    return [each for name, each in model.named_parameters() if name.endswith("in_proj.base_layer.weight")]
+
+
+def test_a_weight_that_was_moved_has_no_room_left():
+    """What is behind it in its new place may be anything."""
+    model, other = trained("mamba", "sll"), trained("mamba", "sll")
+    with precast_frozen_weights(model, "bf16"):
+        for weight in of_in_proj(model):
+            weight.data = weight.data.contiguous()
+        assert_same_bits(train(model, torch.bfloat16), train(other, torch.bfloat16))

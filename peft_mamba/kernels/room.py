@@ -17,8 +17,8 @@ Tensor = torch.Tensor
 # An attribute of a tensor that has room: columns behind each row. No other tensor on the same memory has it.
 _ROOM = "_columns_behind"
 HALF = (torch.float16, torch.bfloat16)
-# Tensor cores take rows that begin at multiples of 16 bytes.
-ALIGNMENT = 8
+# Tensor cores take rows that begin at multiples of 16 bytes, and Triton whole vectors where that is 16 numbers.
+ALIGNMENT = 16
 
 
 def useful(rank: int, features: int, device: torch.device, dtype: torch.dtype | None) -> bool:
