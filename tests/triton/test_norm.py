@@ -33,11 +33,11 @@ def test_against_float64(device, shape, group, gated, residual, adds, dtype):
     wide = torch.randn(*shape[:-1], 2 * channels, device=device).to(dtype)  # a part of it, as in_proj gives it
     gate, dr = wide[..., channels:] if gated else None, dr if residual else None
     added = wide[..., channels:] if adds else None
-    y, rstd, total = kernels.forward(x, added, weight, gate, 1e-5, group, dtype)
+    y, rstd, total = kernels.forward(x, added, weight, gate, 1e-5, group, dtype, 0)
     mine = [y, total, *kernels.backward(dy, total, weight, gate, rstd, group, dr, True, dtype if adds else None)]
     exact = [None if each is None else each.double() for each in (x, added, weight, gate, dy, dr)]
     x, added, weight, gate, dy, dr = exact
-    y, rstd, total = norm._forward(x, added, weight, gate, 1e-5, group, torch.float64)
+    y, rstd, total = norm._forward(x, added, weight, gate, 1e-5, group, torch.float64, 0)
     kind = torch.float64 if adds else None
     expected = [y, total, *norm._backward(dy, total, weight, gate, rstd, group, dr, True, kind)]
     for actual, right in zip(mine, expected, strict=True):
@@ -57,7 +57,7 @@ def test_the_fused_sum_is_the_sum_bit_for_bit(device, x_dtype, added_dtype, resi
     x, dr = (torch.randn(2, 9, 200, device=device).to(x_dtype) for _ in range(2))
     added = torch.randn(2, 9, 400, device=device).to(added_dtype)[..., 200:]
     weight, dy = torch.randn(200, device=device), torch.randn(2, 9, 200, device=device).to(HALF)
-    rest = (weight, None, 1e-5, 200, HALF)
+    rest = (weight, None, 1e-5, 200, HALF, 0)
     y, rstd, total = kernels.forward(x, added, *rest)
     for mine, apart in zip((y, rstd, total), kernels.forward(x + added, None, *rest), strict=True):
         assert mine.dtype == apart.dtype and torch.equal(mine, apart)
