@@ -22,6 +22,7 @@ from .reference import (
     accumulator_dtype,
     check_packed,
     first_of_document,
+    gathers,
     step_size,
     zero_padding,
 )
@@ -46,6 +47,7 @@ def _without_autocast(function):
     return wrapped
 
 
+@gathers
 @_without_autocast
 def selective_scan(
     u: Tensor,
@@ -91,6 +93,7 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     return torch.mul(gate, y, out=None if keep else gate)
 
 
+@gathers
 @_without_autocast
 def ssd(
     x: Tensor,
@@ -105,6 +108,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd` in the block form of 2405.21060, section 6: attention within a chunk, a state between chunks."""
     dtype = accumulator_dtype(x)

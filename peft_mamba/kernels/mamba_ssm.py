@@ -18,7 +18,7 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 from .choice import ours
-from .reference import Tensor, zero_padding
+from .reference import Tensor, gathers, zero_padding
 
 SSD_CHUNK = 256
 # Triton's own switch, read when a kernel is compiled: without it a float32 product carries an error of about 1e-3.
@@ -35,6 +35,7 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
 
 
+@gathers
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -114,6 +115,7 @@ def _carried(h0: Tensor, delta: Tensor, A: Tensor, C: Tensor, delta_bias: Tensor
     return torch.cat(parts, dim=1), torch.exp(elapsed[:, -1, :, None] * A) * h0
 
 
+@gathers
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -127,6 +129,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd` through mamba-ssm's Triton kernels, gradients of both states included."""
     too_coarse = x.dtype == torch.float32 and not (FLOAT32_EXACT or torch.backends.cuda.matmul.allow_tf32)
@@ -143,6 +146,7 @@ def ssd(
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
+            memo=memo,
         )
     result = mamba_chunk_scan_combined(
         x.contiguous(),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .room import with_room
-from .triton.common import Tensor, row_strides
+from .triton.common import Tensor, cdiv, next_power_of_2, row_strides
 
 # Rows that a program of the backward goes through where it sums the weight's gradient, which leaves one partial sum a
 # program; else each has one.
@@ -128,7 +128,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _launch(group_size: int, *tensors: Tensor | None) -> dict[str, int]:
     """How a kernel that loads rows of these tensors is launched."""
-    block = triton.next_power_of_2(group_size)
+    block = next_power_of_2(group_size)
     # A lane has as many neighbours as one load of the widest dtype brings. With more, as the narrowest would have it,
     # loads of the widest leave out every other half of a sector, and its stores go through shared memory.
     run = 16 // max(each.element_size() for each in tensors if each is not None)
@@ -208,7 +208,7 @@ def backward(
     d_added = None if added is None else dx if added == x.dtype else torch.empty_like(dx, dtype=added)
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     each = ROWS_PER_PROGRAM if for_weight else 1
-    programs = triton.cdiv(len(rows), each)
+    programs = cdiv(len(rows), each)
     partial = torch.zeros(max(programs, 1) if for_weight else 0, x.shape[-1], dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _backward_kernel[(max(programs, 1), groups)](

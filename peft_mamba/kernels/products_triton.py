@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton.common import Tensor, interpreted, row_strides
+from .triton.common import Tensor, cdiv, interpreted, next_power_of_2, row_strides
 
 # Two programs fit a processor of an H100, so that one loads while the other stores.
 TILE = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}
@@ -73,7 +73,7 @@ def _dot(dtype: torch.dtype) -> tl.dtype:
 
 
 def _terms(K: int) -> int:
-    return max(16, min(TERMS, triton.next_power_of_2(K)))
+    return max(16, min(TERMS, next_power_of_2(K)))
 
 
 def add_products(addend: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
@@ -85,7 +85,7 @@ def add_products(addend: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     addend = row_strides(addend)
     (a, b), (c, d) = (tuple(map(row_strides, pair)) for pair in (pairs[0], pairs[-1]))
     second = c.shape[1] if len(pairs) > 1 else 0
-    grid = triton.cdiv(columns, TILE["COLUMNS"]), triton.cdiv(rows, TILE["ROWS"])
+    grid = cdiv(columns, TILE["COLUMNS"]), cdiv(rows, TILE["ROWS"])
     with torch.cuda.device_of(addend):
         _add_products_kernel[grid](
             *(addend, a, b, c, d, y, rows, columns),
@@ -182,8 +182,8 @@ def from_both_sides(
     rows, rank = t.shape
     t = row_strides(t)
     total = sum(g.shape[1] for g, _ in parts)
-    blocks = [triton.cdiv(g.shape[1], BLOCK["COLUMNS"]) for g, _ in parts]
-    groups = triton.cdiv(rows, ROWS_PER_PROGRAM)
+    blocks = [cdiv(g.shape[1], BLOCK["COLUMNS"]) for g, _ in parts]
+    groups = cdiv(rows, ROWS_PER_PROGRAM)
     left = torch.empty(sum(blocks), rows, rank, dtype=torch.float32, device=t.device)
     right = torch.empty(groups, total, rank, dtype=torch.float32, device=t.device)
     q = torch.empty(rows, rank, dtype=t.dtype, device=t.device)
@@ -196,14 +196,14 @@ def from_both_sides(
                 *(g, up, t, left[block:], right[:, column:], rows, g.shape[1], total),
                 *(g.stride(0), up.stride(0), t.stride(0)),
                 RANK=rank,
-                R=max(16, triton.next_power_of_2(rank)),
+                R=max(16, next_power_of_2(rank)),
                 DOT=_dot(t.dtype),
                 PER_PROGRAM=ROWS_PER_PROGRAM,
                 **BLOCK,
             )
             block, column = block + count, column + g.shape[1]
-        programs = triton.cdiv(q.numel(), SUM["SUMS"])
-        _sums_kernel[(programs + triton.cdiv(d.numel(), SUM["SUMS"]),)](
+        programs = cdiv(q.numel(), SUM["SUMS"])
+        _sums_kernel[(programs + cdiv(d.numel(), SUM["SUMS"]),)](
             *(left, right, q, d, q.numel(), d.numel(), len(left), groups, float(scaling), programs),
             **SUM,
         )

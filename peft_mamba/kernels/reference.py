@@ -14,10 +14,17 @@ or, in place of the last two, a row of sequences laid end to end, each with stat
 
     cu_seqlens  (S+1,) int32 on the tensors' device, from 0 to L: B is 1, and sequence s is the tokens cu_seqlens[s] to
                 cu_seqlens[s+1], none where the two are equal. Initial and final states have S in place of B.
+
+The two scans also go on from states in a pool, without a copy of each where kernels can do that:
+
+    initial_index  (S,) or (B,) int64, the row of initial_state, which may have any number of them, that each sequence
+                   or row of the batch starts from; several may start from the same. None: each from its own.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,22 +64,53 @@ def check_packed(
 ) -> int:
     """How many sequences `cu_seqlens` tells of, after a look at what goes with it; none at its values, on the device.
 
+    Args:
+        initial_state: what has one entry a sequence, `initial_index` where states are read by that.
+
     Raises:
         ValueError: x has several rows, cu_seqlens is no vector, the initial state has not one entry a sequence, or
             lengths or seq_idx are given as well.
     """
     if lengths is not None or seq_idx is not None:
         raise ValueError("cu_seqlens says where sequences start and end; give no lengths and no seq_idx with it.")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; expected integers of shape (S+1,)."
         )
-    if len(x) != 1:
+    if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens divides one row into sequences; this batch has {len(x)} rows.")
-    sequences = len(cu_seqlens) - 1
-    if initial_state is not None and len(initial_state) != sequences:
+    sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None and initial_state.shape[0] != sequences:
         raise ValueError(f"initial_state has {len(initial_state)} entries for the {sequences} sequences of cu_seqlens.")
     return sequences
+
+
+def gathered(initial_state: Tensor | None, initial_index: Tensor | None) -> Tensor | None:
+    """The state that each sequence starts from, a copy where there is an index; its gradient comes back to the pool.
+
+    Raises:
+        ValueError: there is an index, but no state.
+    """
+    if initial_index is None:
+        return initial_state
+    if initial_state is None:
+        raise ValueError("initial_index says where in initial_state each sequence's is; there is no initial_state.")
+    return initial_state.index_select(0, initial_index)
+
+
+def gathers(scan: Callable) -> Callable:
+    """`scan`, which has no initial_index, with one: it gets copies of the states."""
+
+    @functools.wraps(scan)
+    def wrapped(
+        *args: Any,
+        initial_state: Tensor | None = None,
+        initial_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return scan(*args, initial_state=gathered(initial_state, initial_index), **kwargs)
+
+    return wrapped
 
 
 def sequences_of(cu_seqlens: Tensor) -> list[slice]:
@@ -89,6 +127,7 @@ def step_size(delta: Tensor, delta_bias: Tensor | None, lengths: Tensor | None) 
     return zero_padding(F.softplus(delta), lengths)
 
 
+@gathers
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -165,6 +204,7 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> T
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
+@gathers
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -178,6 +218,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba-2's scan, the recurrent form of state-space duality ("Transformers are SSMs", 2405.21060, section 6).
 
@@ -189,6 +230,8 @@ def ssd(
         dt: (B, L, H), the step sizes themselves: bias, softplus and limits are already in it.
         A, D: (H,), A negative. B, C: (B, L, G, N), G dividing H.
         initial_state: (B, H, P, N), h before the first token.
+        memo: a dict that the caller keeps for calls with the same cu_seqlens, in which an implementation may leave what
+            it has found out about them. Empty at first; None: nothing is kept.
 
     Returns:
         y (B, L, H, P) in x's dtype, and h after the last token of each row, (B, H, P, N), if asked for, else None.

@@ -10,9 +10,9 @@ from transformers.models.mamba import modeling_mamba
 from .. import kernels
 from ..frozen import from_weights
 from .projection import draws, project
-from .recomputation import can_be_remade
+from .recomputation import can_be_remade, remakes_some
 from .sequences import PackedSequences
-from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
+from .state import CachedMixer, MixerState, decay_rates, index_in_pool, inputs_before, state_after
 
 Tensor = torch.Tensor
 
@@ -58,7 +58,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         time_step, B, C = selected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast, inside the scan.
         delta = project(self.dt_proj, time_step, bias=False)
-        if not draws(self.dt_proj):
+        if remakes_some() and not draws(self.dt_proj):
             can_be_remade(delta, lambda: project(self.dt_proj, time_step, bias=False))
         A = from_weights("A", decay_rates, self.A_log)
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
@@ -68,6 +68,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         else:
             rows |= {
                 "initial_state": None if initial_state is None else initial_state.ssm,
+                "initial_index": index_in_pool(sequences, initial_state),
                 "lengths": lengths if return_final_state else None,
                 "seq_idx": seq_idx,
                 "return_final_state": return_final_state,

@@ -15,7 +15,7 @@ from .block import MambaRMSNormGated
 from .projection import columns_for, hooked, project
 from .recomputation import can_be_remade
 from .sequences import PackedSequences
-from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
+from .state import CachedMixer, MixerState, decay_rates, index_in_pool, inputs_before, state_after
 
 Tensor = torch.Tensor
 
@@ -82,10 +82,12 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
             C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
             self.D,
             initial_state=None if initial_state is None else initial_state.ssm,
+            initial_index=index_in_pool(sequences, initial_state),
             lengths=lengths if return_final_state else None,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens if seq_idx is None else None,
             return_final_state=return_final_state,
+            memo=None if sequences is None else sequences.memo,
         )
         state = None
         if return_final_state and ssm is not None:

@@ -38,6 +38,7 @@ Tensor = torch.Tensor
 
 # Where a layer whose weight is held in half precision (`peft_mamba.precast`) has what says when that will do.
 PRECAST = "_precast"
+_COMPUTED_IN = {*HALF, torch.float32, torch.float64}
 # torch.mm(…, out_dtype=torch.float32), on CUDA alone
 _MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 
@@ -211,7 +212,7 @@ def _compute_dtype(layer: Plain, x: Tensor) -> torch.dtype | None:
     """The dtype that autocast and PEFT would compute all of it in; None where they would use several."""
     device = x.device.type
     dtypes = {each.dtype for each in (x, layer.weight, layer.bias, layer.A, layer.B) if each is not None}
-    if not all(dtype.is_floating_point and dtype.itemsize >= 2 for dtype in dtypes):
+    if not dtypes <= _COMPUTED_IN:
         return None
     if layer.weight.device != x.device or x.device.type == "meta":
         return None

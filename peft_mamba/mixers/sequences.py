@@ -20,7 +20,8 @@ Tensor = torch.Tensor
 
 
 class StatePool:
-    """The states of all mixers of a model in numbered slots, float32. Slot 0 is the state before any token.
+    """The states of all mixers of a model in numbered slots, float32. Slot 0 is the state before any token; what is in
+    another before it is written to is undefined.
 
     Of the convolution's inputs a slot holds the K - 1 that reach beyond its last token, in the order in which kernels
     take them, (K - 1, C).
@@ -37,20 +38,26 @@ class StatePool:
         for mixer in _mixers(model):
             self.device = mixer.A_log.device
             conv, ssm = _shapes(mixer)
-            self._conv[mixer.layer_idx] = torch.zeros(slots + 1, *conv, device=self.device)
-            self._ssm[mixer.layer_idx] = torch.zeros(slots + 1, *ssm, device=self.device)
+            self._conv[mixer.layer_idx] = torch.empty(slots + 1, *conv, device=self.device)
+            self._ssm[mixer.layer_idx] = torch.empty(slots + 1, *ssm, device=self.device)
+            for states in (self._conv[mixer.layer_idx], self._ssm[mixer.layer_idx]):
+                states[0].zero_()
 
     @staticmethod
     def bytes_per_state(model: nn.Module) -> int:
         """Bytes that one slot takes over all layers of `model`."""
         return 4 * sum(torch.Size(shape).numel() for mixer in _mixers(model) for shape in _shapes(mixer))
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the convolution's and the scan's states in `slots`: (S, C, K-1) and (S, D, N) or (S, H, P, N)."""
-        return self._conv[layer].index_select(0, slots).transpose(1, 2), self._ssm[layer].index_select(0, slots)
+    def conv(self, layer: int, slots: Tensor) -> Tensor:
+        """(S, C, K-1): copies of the convolution's states in `slots`, which are small."""
+        return self._conv[layer].index_select(0, slots).transpose(1, 2)
+
+    def ssm(self, layer: int) -> Tensor:
+        """(slots + 1, D, N) or (slots + 1, H, P, N): the scan's states, no copies, for a kernel to pick from."""
+        return self._ssm[layer]
 
     def write(self, layer: int, slots: Tensor, conv: Tensor, ssm: Tensor) -> None:
-        """Overwrite `slots`, none of which occurs twice, with states as `read` gives them."""
+        """Overwrite `slots`, none of which occurs twice, with (S, C, K-1) and (S, D, N) or (S, H, P, N)."""
         self._conv[layer].index_copy_(0, slots, conv.transpose(1, 2).float())
         self._ssm[layer].index_copy_(0, slots, ssm.float())
 
@@ -81,6 +88,7 @@ class PackedSequences:
         kept, target: (F,) int64, sequences whose final state goes to a slot, in ascending order, and that slot; None:
             none does.
         shortest: tokens that every sequence in `kept` has at least, as far as is known without asking the device.
+        memo: what kernels have found out about cu_seqlens, see `kernels.reference.ssd`.
     """
 
     cu_seqlens: Tensor
@@ -89,6 +97,7 @@ class PackedSequences:
     kept: Tensor | None = None
     target: Tensor | None = None
     shortest: int = 0
+    memo: dict = field(default_factory=dict, init=False, repr=False)
     _ends: dict[int, _Ends] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -125,7 +134,7 @@ class PackedSequences:
 
     def of_kept(self, states: Tensor) -> Tensor:
         """(F, ...): those of (S, ...) that go to a slot."""
-        if self.kept is None or len(self.kept) == len(states):  # all of them are kept, each once
+        if self.kept is None or self.kept.shape[0] == states.shape[0]:  # all of them are kept, each once
             return states
         return states.index_select(0, self.kept)
 

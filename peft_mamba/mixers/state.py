@@ -111,6 +111,11 @@ def state_after(
     return MixerState(sequences.windows(x, inputs, width - 1), sequences.of_kept(ssm))
 
 
+def index_in_pool(sequences: PackedSequences | None, initial_state: MixerState | None) -> Tensor | None:
+    """(S,): where in the scan's initial states, all of a pool's, each sequence's is; None: they are no pool's."""
+    return None if sequences is None or initial_state is None else sequences.source
+
+
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least."""
     return -torch.exp(A_log.to(accumulator_dtype(A_log)))
@@ -250,7 +255,7 @@ class CachedMixer:
         pool, source, target = sequences.pool, sequences.source, sequences.target
         state = None
         if pool is not None and source is not None:
-            state = MixerState(*pool.read(self.layer_idx, source))
+            state = MixerState(pool.conv(self.layer_idx, source), pool.ssm(self.layer_idx))
         hidden_states, state = self.mix(hidden_states, initial_state=state, sequences=sequences)
         if state is not None and pool is not None and target is not None:
             pool.write(self.layer_idx, target, state.conv, state.ssm)
@@ -276,7 +281,8 @@ class CachedMixer:
             cu_seqlens: (S+1,) int32, beside seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without
                 states.
             return_final_state: False saves the work of it, and the second result is None.
-            sequences: of a batch of one row, in place of the four above. The initial state has one entry for each, the
-                final state one for each that is kept, both as a `StatePool` has them.
+            sequences: of a batch of one row, in place of the four above. Of the initial state, conv has one entry for
+                each, ssm is all of the pool, which `source` is about; the final state has one entry for each that is
+                kept. Both are as a `StatePool` has them.
         """
         raise NotImplementedError

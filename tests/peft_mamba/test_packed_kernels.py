@@ -77,6 +77,42 @@ def test_ssd(lengths, step, groups, module):
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=LENGTHS.filter(len),
+    family=st.sampled_from([("selective_scan", scan_inputs, (3, 2)), ("ssd", ssd_inputs, (4, 2))]),
+    module=st.sampled_from([reference, chunked]),
+    data=st.data(),
+)
+def test_states_from_a_pool(lengths, family, module, data):
+    """Several sequences may start from the same, which then gets the sum of their gradients."""
+    torch.manual_seed(sum(lengths))
+    name, make, sizes = family
+    index = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))))
+    inputs = packed_inputs(make, lengths, *sizes)
+    inputs["initial_state"] = torch.randn(3, *inputs["initial_state"].shape[1:]).double().requires_grad_()
+
+    def gathered(initial_state, **tensors):
+        return getattr(reference, name)(initial_state=initial_state[index], **tensors)
+
+    expected = outputs_and_gradients(gathered, inputs, cu_seqlens=bounds(lengths))
+    actual = outputs_and_gradients(getattr(module, name), inputs, initial_index=index, cu_seqlens=bounds(lengths))
+    assert_same(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("module", [reference, chunked])
+@pytest.mark.parametrize("family", [("selective_scan", scan_inputs, (3, 2)), ("ssd", ssd_inputs, (4, 2))])
+def test_rows_of_a_batch_from_a_pool(module, family):
+    name, make, sizes = family
+    inputs, index = make(3, 5, *sizes), torch.tensor([1, 2, 1])
+    pool = inputs.pop("initial_state")
+    expected = getattr(reference, name)(**inputs, initial_state=pool[index], return_final_state=True)
+    actual = getattr(module, name)(**inputs, initial_state=pool, initial_index=index, return_final_state=True)
+    assert all(relative_rms(*pair) < 1e-12 for pair in zip(actual, expected, strict=True))
+    with pytest.raises(ValueError, match="no initial_state"):
+        getattr(module, name)(**inputs, initial_index=index)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=LENGTHS.filter(len),
     width=st.integers(1, 4),
     stateful=st.booleans(),
     module=st.sampled_from([reference, chunked]),

@@ -55,12 +55,12 @@ def test_a_causal_lm_takes_them_too_and_half_precision_keeps_the_states_in_float
     row = tokens(1, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(row[:, :8], attention_mask=PackedSequences.of([8], pool, target=[1]), use_cache=False)
-        conv, ssm = pool.read(1, torch.tensor([1]))
+        conv, ssm = pool.conv(1, torch.tensor([1])), pool.ssm(1)[1]
         logits = model(row[:, 8:], attention_mask=PackedSequences.of([4], pool, [1]), use_cache=False).logits
         expected = model(row).logits[:, 8:]
     assert conv.dtype == ssm.dtype == torch.float32 and conv.any() and ssm.any()
     assert relative_rms(logits, expected) < 0.02
-    assert not pool.read(1, torch.tensor([0]))[1].any()
+    assert not pool.conv(1, torch.tensor([0])).any() and not pool.ssm(1)[0].any()
 
 
 def test_adapters_reach_packed_sequences():
@@ -82,7 +82,7 @@ def test_memory_of_a_state_is_what_the_pool_takes():
         model = tiny_model(family)
         use_mixers(model)
         pool = StatePool(model, 3)
-        taken = sum(t.nbytes for layer in range(2) for t in pool.read(layer, torch.arange(1)))
+        taken = sum(pool.conv(n, torch.arange(1)).nbytes + pool.ssm(n)[0].nbytes for n in range(2))
         assert StatePool.bytes_per_state(model) == taken
 
 

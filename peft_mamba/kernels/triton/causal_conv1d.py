@@ -9,13 +9,12 @@ same inputs give the same bits.
 from __future__ import annotations
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..reference import check_packed
 from . import causal_conv1d_kernels as kernels
-from .common import Tensor, row_strides, search_steps
+from .common import Tensor, cdiv, row_strides, search_steps
 
 # Beyond this the registers of backward's window run out.
 MAX_WIDTH = 8
@@ -29,9 +28,9 @@ SUMMED_TOKENS, SUMMED_GROUP, PROGRAMS = 128, 4, 16
 def _summed_tokens(x: Tensor) -> int:
     """Tokens of a strip where the weight gets a gradient."""
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    columns = x.shape[0] * triton.cdiv(x.shape[2], CHANNELS)
+    columns = x.shape[0] * cdiv(x.shape[2], CHANNELS)
     tokens = SUMMED_TOKENS
-    while tokens > TOKENS and columns * triton.cdiv(x.shape[1], tokens) < PROGRAMS * processors:
+    while tokens > TOKENS and columns * cdiv(x.shape[1], tokens) < PROGRAMS * processors:
         tokens //= 2
     return tokens
 
@@ -49,11 +48,11 @@ def _paired(*tensors: Tensor) -> bool:
 def _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
     batch, length, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    strips = triton.cdiv(length, TOKENS)
+    strips = cdiv(length, TOKENS)
     with torch.cuda.device_of(x):
-        kernels.forward[(batch * strips * triton.cdiv(channels, CHANNELS),)](
+        kernels.forward[(batch * strips * cdiv(channels, CHANNELS),)](
             *(x, weight, bias, initial_state, seq_idx, cu_seqlens, y),
-            *(length, channels, strips, TOKENS, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+            *(length, channels, strips, TOKENS, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1),
             *(search_steps(cu_seqlens), x.stride(0), x.stride(1)),
             **_switches(weight, bias, silu, seq_idx, cu_seqlens),
             HAS_INITIAL=initial_state is not None,
@@ -81,7 +80,7 @@ class _CausalConv1d(torch.autograd.Function):
         dy = row_strides(dy)
         batch, length, channels = x.shape
         tokens = _summed_tokens(x) if need_weight else TOKENS
-        strips = triton.cdiv(length, tokens)
+        strips = cdiv(length, tokens)
         switches = _switches(weight, bias, ctx.silu, seq_idx, cu_seqlens)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
         dweight = dbias = dinitial = None
@@ -91,9 +90,9 @@ class _CausalConv1d(torch.autograd.Function):
                     dweight = weight.new_empty(batch * strips, *weight.shape, dtype=torch.float32)
                     dbias = weight.new_empty(batch * strips, channels, dtype=torch.float32)
                 into = x if dx is None else dx
-                kernels.backward[(batch * strips * triton.cdiv(channels, CHANNELS),)](
+                kernels.backward[(batch * strips * cdiv(channels, CHANNELS),)](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, into, dweight, dbias),
-                    *(length, channels, strips, tokens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+                    *(length, channels, strips, tokens, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1),
                     *(search_steps(cu_seqlens), x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
                     *(into.stride(0), into.stride(1)),
                     **switches,
@@ -107,7 +106,7 @@ class _CausalConv1d(torch.autograd.Function):
                 )
             if need_initial:
                 dinitial = torch.empty_like(initial_state)
-                kernels.initial_gradients[(len(initial_state), triton.cdiv(channels, CHANNELS))](
+                kernels.initial_gradients[(len(initial_state), cdiv(channels, CHANNELS))](
                     *(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, dinitial, length, channels),
                     *(x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)),
                     **switches,

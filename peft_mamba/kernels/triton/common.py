@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference import gathered
+
 Tensor = torch.Tensor
 
 
@@ -20,6 +22,17 @@ def interpreted() -> bool:
 BY_PTX = tl.constexpr(torch.version.hip is None and not interpreted())
 
 
+# On the host, where Triton's own take microseconds a call, as long as a small kernel's launch in all.
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def row_strides(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, as a slice of a projection's output is; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -27,7 +40,21 @@ def row_strides(x: Tensor) -> Tensor:
 
 def search_steps(cu_seqlens: Tensor | None) -> int:
     """How often `sequence_of` must halve the sequences of a packed row."""
-    return 0 if cu_seqlens is None else max(1, len(cu_seqlens) - 1).bit_length()
+    return 0 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1).bit_length()
+
+
+def readable(
+    initial_state: Tensor | None, initial_index: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Initial states, and where each sequence's is among them where a kernel can read it there: else they are copies.
+
+    Kernels read states of a pool in a packed row and without gradients, which are not summed up over sequences.
+    """
+    if initial_state is not None and initial_index is not None and cu_seqlens is not None:
+        as_they_are = initial_state.dtype == torch.float32 and initial_state.is_contiguous()
+        if as_they_are and not torch.is_grad_enabled():
+            return initial_state, initial_index.to(torch.int64).contiguous()
+    return gathered(initial_state, initial_index), None
 
 
 @triton.jit

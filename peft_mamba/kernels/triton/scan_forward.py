@@ -21,14 +21,17 @@ from .scan_tiles import (
 
 @kernel
 def scan_forward(
-    u, delta, A, B, C, D, z, bias, resets, lengths, cu_seqlens, h0, y, checkpoints, last,
+    u, delta, A, B, C, D, z, bias, resets, lengths, cu_seqlens, h0, index, y, checkpoints, last,
     stride_u, stride_delta, stride_z, length, channels, blocks, offset, segments, split, waves, programs,
     STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr, LAST: tl.constexpr,
-    MASK_D: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_H0: tl.constexpr, INDEXED: tl.constexpr,
+    SAVE: tl.constexpr, LAST: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y of a segment from its initial state; on request its last state, and the checkpoints for backward."""
+    """y of a segment from its initial state; on request its last state, and the checkpoints for backward.
+
+    INDEXED: h0 is a pool, and `index` says for each sequence, which are whole then, where in it its state is.
+    """
     if place(waves) >= programs:
         return
     block, sequence, segment, first, tokens = program_of(
@@ -45,7 +48,10 @@ def scan_forward(
     slot = (sequence * segments + segment) * channels * STATES
     h = no_state(N)
     if HAS_H0:
-        h = load_tiles(h0 + slot, tiles, inside, MASKED)
+        before = slot
+        if INDEXED:
+            before = tl.load(index + sequence) * channels * STATES
+        h = load_tiles(h0 + before, tiles, inside, MASKED)
     checkpoint = first_checkpoint(sequence, segment, first, length, split, CK, VARLEN)
     row = first + segment * split
     u += row * stride_u

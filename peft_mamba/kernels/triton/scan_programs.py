@@ -22,7 +22,7 @@ NUMBERS = [
 ]
 POINTERS = [
     *("u", "delta", "z", "y", "dy", "du", "ddelta", "dz", "dBC", "D", "bias", "dD", "dbias", "elapsed"),
-    *("resets", "lengths", "cu_seqlens"),
+    *("resets", "lengths", "cu_seqlens", "index"),
 ]
 
 

@@ -141,13 +141,14 @@ def scan_ends_backward(
 
 @kernel
 def scan_chain(
-    A, elapsed, h0, last, channels, blocks, segments,
+    A, elapsed, h0, index, last, channels, blocks, segments,
     STATES: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr, HAS_H0: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Join segments: overwrite what each leaves behind a zero state, in `last`, by what it starts from.
 
     `last` has a state for each segment of each sequence. REVERSE goes against time, for gradients. `h0`, a state for
-    each sequence, is what the first segment (REVERSE: the last one) starts from.
+    each sequence, is what the first segment (REVERSE: the last one) starts from; INDEXED: `index` says where in h0.
     """
     lane = tl.arange(0, 32)
     block = tl.program_id(0) % blocks
@@ -156,7 +157,10 @@ def scan_chain(
     a = decay_rates(A, tiles, inside, N, MASKED)
     h = no_state(N)
     if HAS_H0:
-        h = load_tiles(h0 + sequence * channels * STATES, tiles, inside, MASKED)
+        before = sequence
+        if INDEXED:
+            before = tl.load(index + sequence)
+        h = load_tiles(h0 + before * channels * STATES, tiles, inside, MASKED)
     for i in range(0, segments):
         slot = sequence * segments + (segments - 1 - i if REVERSE else i)
         program = slot * blocks + block

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..reference import Tensor, check_packed, first_of_document
-from .common import BY_PTX
+from .common import BY_PTX, cdiv, readable
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
 from .scan_memory import SHARED_BYTES
@@ -59,6 +59,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
+    initial_index: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -69,10 +70,12 @@ def selective_scan(
     u, delta and z may be views whose rows lie apart, such as halves of a projection's output. float64 is computed by
     `chunked`.
     """
+    initial_state, initial_index = readable(initial_state, initial_index, cu_seqlens)
     if u.dtype == torch.float64:
         return chunked.selective_scan(
             *(u, delta, A, B, C, D, z, delta_bias),
             initial_state=initial_state,
+            initial_index=initial_index,
             lengths=lengths,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
@@ -86,13 +89,13 @@ def selective_scan(
             return_final_state=return_final_state,
         )
     if cu_seqlens is not None:
-        check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
+        check_packed(u, cu_seqlens, initial_state if initial_index is None else initial_index, lengths, seq_idx)
     starts = first_of_document(seq_idx)
     resets = None if starts is None else starts.to(torch.uint8)
     given = u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
     if torch.is_grad_enabled():
         return _SelectiveScan.apply(*given)
-    scan = _forward(*given)
+    scan = _forward(*given, initial_index=initial_index)
     return scan.y, scan.final_state
 
 
@@ -111,7 +114,7 @@ class _Layout:
     @classmethod
     def of(cls, u: Tensor, states: int, cu_seqlens: Tensor | None) -> _Layout:
         batch, length, channels = u.shape
-        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         varlen = cu_seqlens is not None
         return cls._of(u.device, sequences, batch * length, length, channels, states, varlen, SHORTEST_SEGMENT)
 
@@ -129,19 +132,19 @@ class _Layout:
         varlen: bool,
         shortest: int,
     ) -> _Layout:
-        blocks = _ceil_div(channels, LANES)
+        blocks = cdiv(channels, LANES)
         wanted = _multiprocessors(device) * WARPS_WANTED
         segments, split = 1, 0
         # In a packed row any sequence may be the whole of it; segments that turn out to be empty cost next to nothing.
         if 0 < sequences * blocks <= wanted // 2 and length >= 2 * shortest:
-            split = max(shortest, _ceil_div(tokens * blocks, wanted))
-            split = _ceil_div(split, CHECKPOINT) * CHECKPOINT
-            segments = _ceil_div(length, split)
+            split = max(shortest, cdiv(tokens * blocks, wanted))
+            split = cdiv(split, CHECKPOINT) * CHECKPOINT
+            segments = cdiv(length, split)
         return cls(sequences, length, channels, states, varlen, segments, split)
 
     @functools.cached_property
     def blocks(self) -> int:
-        return _ceil_div(self.channels, LANES)
+        return cdiv(self.channels, LANES)
 
     @functools.cached_property
     def N(self) -> int:
@@ -156,7 +159,7 @@ class _Layout:
         """How many states are kept for backward, all sequences together."""
         if self.varlen:
             return self.length // CHECKPOINT + self.sequences
-        return self.sequences * _ceil_div(self.length, CHECKPOINT)
+        return self.sequences * cdiv(self.length, CHECKPOINT)
 
     @functools.cached_property
     def arguments(self) -> dict[str, int]:
@@ -185,10 +188,6 @@ class _Layout:
     def per_token(self, x: Tensor) -> Tensor:
         """B or C to float32, contiguous, with zeros for states that only the tiles have."""
         return (F.pad(x.float(), (0, self.N - self.states)) if self.states != self.N else x.float()).contiguous()
-
-
-def _ceil_div(x: int, y: int) -> int:
-    return -(-x // y)  # triton.cdiv takes microseconds on the host
 
 
 @functools.cache
@@ -234,8 +233,9 @@ class _Scan(NamedTuple):
 
 
 def _forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final, *, save=False
-) -> _Scan:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final,
+    *, initial_index=None, save=False,
+) -> _Scan:  # fmt: skip
     layout = _Layout.of(u, A.shape[1], cu_seqlens)
     u, delta, z = _rows(u), _rows(delta), _rows(z)
     given = {
@@ -258,19 +258,21 @@ def _forward(
     elapsed = None
     with torch.cuda.device_of(u):
         if layout.segments > 1:
-            h0, elapsed = _starts(layout, given, h0)
+            (h0, elapsed), initial_index = _starts(layout, given, h0, initial_index), None
         _launch(
             scan_forward,
             layout,
             layout.sequences,
             given,
             h0=h0,
+            index=initial_index,
             y=y,
             checkpoints=checkpoints,
             last=last,
             K=FORWARD_GROUP,
             CK=CHECKPOINT,
             HAS_H0=h0 is not None,
+            INDEXED=initial_index is not None,
             SAVE=checkpoints is not None,
             LAST=want_final,
             AHEAD=layout.few_programs(u.device),
@@ -388,13 +390,13 @@ def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Any],
     names, rows = _names(kernel)
     # A tensor that is not there is a pointer that no flag lets the kernel follow.
     anything = given["A"]
-    waves = _ceil_div(programs, _multiprocessors(anything.device))
+    waves = cdiv(programs, _multiprocessors(anything.device))
     arguments = {**layout.arguments, "programs": programs, "waves": waves, **given, **more}
     for name in rows:
         arguments[f"stride_{name}"] = _stride(arguments[name])
     for flag, name in FLAGS.items():
         arguments[flag] = given[name] is not None
-    kernel[(waves * _ceil_div(programs, waves),)](
+    kernel[(waves * cdiv(programs, waves),)](
         **{
             name: anything if x is None else x
             for name, x in arguments.items()
@@ -403,12 +405,12 @@ def _launch(kernel: Any, layout: _Layout, sequences: int, given: dict[str, Any],
     )
 
 
-def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None) -> tuple[Tensor, Tensor]:
+def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """The state that each segment starts from, and what decays a state over it."""
     ends = layout.new_states(given["u"], layout.sequences * layout.segments)
     elapsed = ends.new_empty(len(ends), layout.blocks, 2, LANES)
     _launch(scan_ends, layout, layout.sequences, given, last=ends, elapsed=elapsed, K=FORWARD_GROUP)
-    _chain(layout, given, elapsed, h0, ends, reverse=False)
+    _chain(layout, given, elapsed, h0, index, ends, reverse=False)
     return ends, elapsed
 
 
@@ -418,20 +420,29 @@ def _starts_backward(
     """The gradient of the state that each segment ends with."""
     gradients = layout.new_states(dy, layout.sequences * layout.segments)
     _launch(scan_ends_backward, layout, layout.sequences, given, dy=dy, dh0=gradients, K=FORWARD_GROUP)
-    _chain(layout, given, elapsed, dlast, gradients, reverse=True)
+    _chain(layout, given, elapsed, dlast, None, gradients, reverse=True)
     return gradients
 
 
 def _chain(
-    layout: _Layout, given: dict[str, Any], elapsed: Tensor, h0: Tensor | None, last: Tensor, reverse: bool
+    layout: _Layout,
+    given: dict[str, Any],
+    elapsed: Tensor,
+    h0: Tensor | None,
+    index: Tensor | None,
+    last: Tensor,
+    *,
+    reverse: bool,
 ) -> None:
     scan_chain[(layout.blocks * layout.sequences,)](
         A=given["A"],
         elapsed=elapsed,
         h0=last if h0 is None else h0,
+        index=last if index is None else index,
         last=last,
         **{name: layout.arguments[name] for name in ("channels", "blocks", "segments", "STATES", "N", "MASKED")},
         REVERSE=reverse,
         HAS_H0=h0 is not None,
+        INDEXED=index is not None,
         num_warps=1,
     )

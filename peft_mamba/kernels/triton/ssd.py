@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..reference import check_packed
 from . import ssd_backward, ssd_chunks, ssd_forward
-from .common import Tensor, interpreted, row_strides
+from .common import Tensor, cdiv, interpreted, next_power_of_2, readable, row_strides
 from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
@@ -65,8 +64,8 @@ class _Plan(NamedTuple):
         (batch, length, heads, head_size), (groups, state_size) = x.shape, B.shape[2:]
         bfloat16 = x.dtype == torch.bfloat16
         chunk = CHUNK if bfloat16 else CHUNK_FLOAT32
-        chunks = triton.cdiv(length, chunk)
-        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        chunks = cdiv(length, chunk)
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         tf32 = x.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
         described = {
             "HAS_LENGTHS": lengths is not None,
@@ -74,14 +73,14 @@ class _Plan(NamedTuple):
             "PACKED": cu_seqlens is not None,
             "Q": chunk,
         }
-        p = max(16, triton.next_power_of_2(head_size))
+        p = max(16, next_power_of_2(head_size))
         columns = STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32
         constants = {
             # The interpreter multiplies bfloat16's bits as if they were integers.
             "DOT": tl.bfloat16 if bfloat16 and not interpreted() else tl.float32,
             "INPUT": "tf32" if tf32 else "ieee",
             "P": p,
-            "N": max(16, min(columns, TILE // p, triton.next_power_of_2(state_size))),
+            "N": max(16, min(columns, TILE // p, next_power_of_2(state_size))),
             "HEAD_SIZE": head_size,
             "STATE_SIZE": state_size,
         }
@@ -107,8 +106,8 @@ class _Plan(NamedTuple):
     def heads_and_blocks(self, most: int) -> tuple[int, int]:
         """Heads of a program, `most` of them at most, and how many programs a group's heads are for, all alike."""
         most = max(1, min(most, self.group_heads, self.slots * self.heads // PROGRAMS))
-        blocks = triton.cdiv(self.group_heads, most)
-        return triton.cdiv(self.group_heads, blocks), blocks
+        blocks = cdiv(self.group_heads, most)
+        return cdiv(self.group_heads, blocks), blocks
 
     def launch(self, kernel: str) -> dict:
         chosen = LAUNCH[kernel][self.float32]
@@ -124,20 +123,26 @@ class _Plan(NamedTuple):
         few = self.sequences * self.heads < FEW_SEQUENCES
         largest = (32, 32) if few else (64, 64 if self.float32 else 128)
         sizes = zip(largest, (self.head_size, self.state_size), strict=True)
-        p, n = (max(16, min(most, triton.next_power_of_2(size))) for most, size in sizes)
-        tiles = triton.cdiv(self.head_size, p) * triton.cdiv(self.state_size, n)
+        p, n = (max(16, min(most, next_power_of_2(size))) for most, size in sizes)
+        tiles = cdiv(self.head_size, p) * cdiv(self.state_size, n)
         return self.only() | self.constants | {"P": p, "N": n}, tiles
 
     def states(self, x: Tensor) -> Tensor:
         dtype = torch.float32 if self.float32 else torch.bfloat16
         return torch.empty(self.slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
 
-    def table(self, cu_seqlens: Tensor | None) -> Tensor | None:
+    def table(self, cu_seqlens: Tensor | None, memo: dict | None = None) -> Tensor | None:
+        """Whose each slot is; `memo` keeps it for all calls that cut these sequences into such chunks."""
         if cu_seqlens is None:
             return None
-        table = torch.full((self.slots,), -1, dtype=torch.int32, device=cu_seqlens.device)
-        ssd_chunks.chunk_table[(self.sequences,)](cu_seqlens, table, Q=self.described["Q"], num_warps=1)
-        return table
+        memo = {} if memo is None else memo
+        key = "chunk_table", self.described["Q"], self.slots
+        if key not in memo:
+            memo[key] = torch.empty(self.slots, dtype=torch.int32, device=cu_seqlens.device)
+            ssd_chunks.chunk_table[(self.sequences,)](
+                *(cu_seqlens, memo[key], self.sequences, self.slots), Q=self.described["Q"], num_warps=1
+            )
+        return memo[key]
 
 
 class _Steps(NamedTuple):
@@ -160,7 +165,7 @@ class _Steps(NamedTuple):
         documents = None
         if seq_idx is not None:
             documents = torch.empty(plan.slots, shape[2], dtype=torch.int32, device=dt.device)
-        ssd_chunks.steps[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
+        ssd_chunks.steps[(plan.slots, cdiv(plan.heads, STEP_HEADS))](
             *(dt, A, lengths, seq_idx, cu_seqlens, table, step, sums, into, out, through, documents),
             *(plan.length, plan.chunks, plan.heads),
             **plan.described,
@@ -174,27 +179,30 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _states(plan: _Plan, steps: _Steps, x, B, initial_state, cu_seqlens, h, final_state) -> None:
+def _states(plan: _Plan, steps: _Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state) -> None:
     constants, tiles = plan.state_tiles()
     ssd_forward.states[(plan.sequences * plan.heads * tiles,)](
-        *(x, B, steps.step, steps.out, steps.through, initial_state, cu_seqlens, h, final_state),
+        *(x, B, steps.step, steps.out, steps.through, initial_state, initial_index, cu_seqlens, h, final_state),
         *(*plan.sizes, *_strides(x), *_strides(B)),
         HAS_INITIAL=initial_state is not None,
+        INDEXED=initial_index is not None,
         WITH_FINAL=final_state is not None,
         **constants,
         **plan.launch("states"),
     )
 
 
-def _forward(x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state):
+def _forward(
+    x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state, initial_index=None, memo=None
+):
     plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
     final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
     with torch.cuda.device_of(x):
-        h, table = plan.states(x), plan.table(cu_seqlens)
+        h, table = plan.states(x), plan.table(cu_seqlens, memo)
         steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
-        _states(plan, steps, x, B, initial_state, cu_seqlens, h, final_state)
+        _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state)
         block_heads, blocks = plan.heads_and_blocks(OUTPUT_HEADS)
         ssd_forward.outputs[(plan.slots * plan.groups * blocks,)](
             *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents, cu_seqlens, table, h, y),
@@ -235,7 +243,7 @@ class _SSD(torch.autograd.Function):
             h, g, table = plan.states(x), plan.states(x), plan.table(cu_seqlens)
             steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
             step, sums, into, out, through, documents = steps
-            _states(plan, steps, x, B, initial_state, cu_seqlens, h, None)
+            _states(plan, steps, x, B, initial_state, None, cu_seqlens, h, None)
             constants, tiles = plan.state_tiles()
             ssd_backward.state_gradients[(plan.sequences * plan.heads * tiles,)](
                 *(dy, C, into, through, None if dfinal is None else dfinal.contiguous(), cu_seqlens, g, dinitial),
@@ -257,7 +265,7 @@ class _SSD(torch.autograd.Function):
                 **plan.constants,
                 **plan.launch("value_gradients"),
             )
-            tiles = triton.cdiv(plan.state_size, plan.constants["N"])
+            tiles = cdiv(plan.state_size, plan.constants["N"])
             reading, leaving = (empty(tiles, *step.shape) for _ in range(2))
             both = empty(tiles, *through.shape)
             ssd_backward.key_gradients[(2 * tiles * plan.slots * plan.groups * blocks,)](
@@ -267,7 +275,7 @@ class _SSD(torch.autograd.Function):
                 **plan.constants,
                 **plan.launch("key_gradients"),
             )
-            ssd_backward.step_gradients[(plan.slots, triton.cdiv(plan.heads, STEP_HEADS))](
+            ssd_backward.step_gradients[(plan.slots, cdiv(plan.heads, STEP_HEADS))](
                 *(A, step, through, lengths, cu_seqlens, table, direct, within, reading, leaving, both, ddt, dA),
                 *(plan.slots, plan.length, plan.chunks, plan.heads, tiles),
                 **plan.only("HAS_LENGTHS"),
@@ -288,20 +296,24 @@ def ssd(
     D: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
+    initial_index: Tensor | None = None,
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd`; float64, empty inputs and heads wider than MAX_HEAD_SIZE go to `chunked`.
 
     x, B and C may be slices of something wider, as long as their last dimension is contiguous; B and C are taken in x's
     dtype. First derivatives only.
     """
+    initial_state, initial_index = readable(initial_state, initial_index, cu_seqlens)
     if x.dtype == torch.float64 or x.numel() == 0 or x.shape[3] > MAX_HEAD_SIZE:
         return chunked.ssd(
             *(x, dt, A, B, C, D),
             initial_state=initial_state,
+            initial_index=initial_index,
             lengths=lengths,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
@@ -315,10 +327,9 @@ def ssd(
             return_final_state=return_final_state,
         )
     if cu_seqlens is not None:
-        check_packed(x, cu_seqlens, initial_state, lengths, seq_idx)
+        check_packed(x, cu_seqlens, initial_state if initial_index is None else initial_index, lengths, seq_idx)
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    run = _SSD.apply if torch.is_grad_enabled() else _forward
-    return run(
+    given = (
         row_strides(x),
         dt.float().contiguous(),
         A.float().contiguous(),
@@ -331,3 +342,6 @@ def ssd(
         cu_seqlens,
         return_final_state,
     )
+    if torch.is_grad_enabled():
+        return _SSD.apply(*given)
+    return _forward(*given, initial_index, memo)

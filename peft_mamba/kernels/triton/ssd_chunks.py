@@ -24,17 +24,17 @@ import triton.language as tl
 from .elementwise import LOG2E
 
 # Differ from batch to batch, or make no faster kernel: none is compiled anew for a multiple of 16 or a 1 among them.
-VARYING = ["batch", "slots", "length", "chunks", "heads", "group_heads", "block_heads", "blocks", "tiles"]
+VARYING = ["batch", "slots", "sequences", "length", "chunks", "heads", "group_heads", "block_heads", "blocks", "tiles"]
 
 
-@triton.jit
-def chunk_table(cu_seqlens, table, Q: tl.constexpr):
-    """table[slot] = sequence, for all slots of the sequence program_id(0)."""
+@triton.jit(do_not_specialize=VARYING)
+def chunk_table(cu_seqlens, table, sequences, slots, Q: tl.constexpr):
+    """table[slot] = sequence for the slots of the sequence program_id(0), and for empty ones from there to the next."""
     sequence = tl.program_id(0)
-    start = tl.load(cu_seqlens + sequence)
-    stop = tl.load(cu_seqlens + sequence + 1)
-    for i in range(tl.cdiv(stop - start, Q)):
-        tl.store(table + start // Q + sequence + i, sequence)
+    first = tl.load(cu_seqlens + sequence) // Q + sequence
+    end = tl.where(sequence == sequences - 1, slots, tl.load(cu_seqlens + sequence + 1) // Q + sequence + 1)
+    for slot in range(first, end):
+        tl.store(table + slot, sequence)
 
 
 @triton.jit
@@ -53,9 +53,8 @@ def slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED: tl.constexpr, Q
     """(row, first token, end of the sequence) of a slot; an empty one does not end behind its first token."""
     if PACKED:
         sequence = tl.load(table + slot)
-        known = sequence >= 0
-        begin = tl.load(cu_seqlens + sequence, mask=known, other=0)
-        stop = tl.load(cu_seqlens + sequence + 1, mask=known, other=0)
+        begin = tl.load(cu_seqlens + sequence)
+        stop = tl.load(cu_seqlens + sequence + 1)
         return (slot * 0).to(tl.int64), begin + (slot - begin // Q - sequence) * Q, stop
     else:
         return (slot // chunks).to(tl.int64), (slot % chunks) * Q, length

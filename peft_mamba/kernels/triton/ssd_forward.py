@@ -26,10 +26,11 @@ from .ssd_chunks import (
 
 @triton.jit(do_not_specialize=VARYING)
 def states(
-    x, B, step, out, through, initial, cu_seqlens, h, final,
+    x, B, step, out, through, initial, index, cu_seqlens, h, final,
     length, chunks, heads, group_heads, x_row, x_token, x_head, b_row, b_token, b_group,
-    HAS_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, INDEXED: tl.constexpr, WITH_FINAL: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """h before each chunk of a sequence and head, and after the last one; P and N are tiles of the state."""
     sequence, head, p, n, at, inside = state_tile(heads, HEAD_SIZE, STATE_SIZE, P, N)
@@ -39,7 +40,10 @@ def states(
     size = HEAD_SIZE * STATE_SIZE
     state = tl.zeros([P, N], tl.float32)
     if HAS_INITIAL:
-        state += tl.load(initial + (sequence.to(tl.int64) * heads + head) * size + at, mask=inside, other=0.0)
+        before = sequence.to(tl.int64)
+        if INDEXED:
+            before = tl.load(index + sequence)
+        state += tl.load(initial + (before * heads + head) * size + at, mask=inside, other=0.0)
     for i in range(tl.cdiv(stop - start, Q)):
         q, t, here, real = tokens_of(start + i * Q, stop, Q)
         mine = (slot + i) * heads + head

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Tensor, row_strides
+from .common import Tensor, cdiv, next_power_of_2, row_strides
 from .elementwise import sigmoid, softplus_and_slope
 
 # Values of a state that a program takes.
@@ -109,10 +109,10 @@ def selective_step(
         after = torch.empty(batch, channels, state_size, dtype=torch.float32, device=u.device)
     u, delta, B, C = (row_strides(t) for t in (u, delta, B, C))
     z = None if z is None else row_strides(z)
-    n = triton.next_power_of_2(state_size)
-    size = max(1, min(triton.next_power_of_2(channels), SCAN_VALUES // n))
+    n = next_power_of_2(state_size)
+    size = max(1, min(next_power_of_2(channels), SCAN_VALUES // n))
     with torch.cuda.device_of(u):
-        _selective_step[(batch, triton.cdiv(channels, size))](
+        _selective_step[(batch, cdiv(channels, size))](
             *(u, delta, A.contiguous(), B, C, D, z, delta_bias),
             *(None if initial_state is None else initial_state.contiguous(), lengths, y, after, channels, state_size),
             *(t.stride(0) if t is not None else 0 for t in (u, delta, B, C, z)),
@@ -148,10 +148,10 @@ def ssd_step(
     if return_final_state:
         after = torch.empty(batch, heads, head_size, state_size, dtype=torch.float32, device=x.device)
     x, B, C = (row_strides(t) for t in (x, B, C))
-    n = triton.next_power_of_2(state_size)
-    size = max(1, min(triton.next_power_of_2(head_size), SSD_VALUES // n))
+    n = next_power_of_2(state_size)
+    size = max(1, min(next_power_of_2(head_size), SSD_VALUES // n))
     with torch.cuda.device_of(x):
-        _ssd_step[(batch * heads, triton.cdiv(head_size, size))](
+        _ssd_step[(batch * heads, cdiv(head_size, size))](
             *(x, dt.float().contiguous(), A.float().contiguous(), B, C, None if D is None else D.float()),
             *(None if initial_state is None else initial_state.contiguous(), lengths, y, after),
             *(heads, heads // groups, head_size, state_size),
