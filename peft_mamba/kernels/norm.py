@@ -59,8 +59,8 @@ def rms_norm_residual(
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm(x)`, x): the second is the residual, whose gradient is added where that of x is made anyway.
 
-    With `added` it is a fused add and norm: x + added takes the place of x, in the dtype that the two promote to. Both
-    results and all gradients are those of the sum and the norm one after the other, bit for bit.
+    With `added` it is a fused add and norm: x + added takes the place of x, in the dtype that the two promote to. The
+    sum is the same bit for bit; what comes of it, and the gradients, differ by no more than a rounding of float32.
 
     Args:
         weight: (D,).
