@@ -5,7 +5,7 @@ As with the mixers, transformers' modules keep their names and parameters and ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
 from .projection import columns_for, draws, hooked, is_adapted, plain
-from .recomputation import DEFAULT, Remakes, can_be_remade, checkpointed, in_other_hands
+from .recomputation import DEFAULT, Checkpoints, Remakes, can_be_remade, checkpointed, in_other_hands
 
 Tensor = torch.Tensor
 
@@ -86,29 +86,35 @@ class Block:
         added: Tensor | None = None,
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
+        checkpoints: Checkpoints | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """The forward of hidden_states + added, and of its result the two terms, for the next block to add.
 
         Args:
             hidden_states, added: (B, L, hidden_size) each; added is None where there is one term alone.
+            checkpoints: where the result goes if it is one; None: to memory of its own.
         """
 
         def run(hidden_states: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return self._parts(hidden_states, added, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
-        # A cache is written once; transformers' own checkpoint makes everything again already.
-        trains = self.training and torch.is_grad_enabled() and cache_params is None
-        level = self.recompute if trains and not self.gradient_checkpointing else "none"
-        if torch.compiler.is_compiling():
-            level = "none"
+        level = self.level(cache_params)
         if level == "block":
             parameters = [each for each in self.parameters() if each.requires_grad]
-            return checkpointed(run, _summed(hidden_states, added), parameters, draws=self.draws()), None
+            add = torch.add if checkpoints is None else checkpoints.add
+            return checkpointed(run, _summed(hidden_states, added), parameters, draws=self.draws(), add=add), None
         if level == "mixer" and not in_other_hands():
             with Remakes().collecting():
                 return run(hidden_states, added)
         return run(hidden_states, added)
+
+    def level(self, cache_params: Cache | None = None) -> str:
+        """What is made again of a forward now: `recompute`, where that can be."""
+        # A cache is written once; transformers' own checkpoint makes everything again already.
+        trains = self.training and torch.is_grad_enabled() and cache_params is None
+        possible = trains and not self.gradient_checkpointing and not torch.compiler.is_compiling()
+        return self.recompute if possible else "none"
 
     def draws(self) -> bool:
         """Whether running it draws random numbers, see `projection.draws`."""
@@ -150,16 +156,16 @@ def _summed(hidden_states: Tensor, added: Tensor | None) -> Tensor:
 class MambaBlock(Block, modeling_mamba.MambaBlock):
     """See Block."""
 
-    def unsummed(self, hidden_states, added=None, cache_params=None, attention_mask=None, **kwargs):
+    def unsummed(self, hidden_states, added=None, cache_params=None, attention_mask=None, checkpoints=None, **kwargs):
         # transformers drops further arguments here, too; the boundaries of packed documents come with the mask.
-        return Block.unsummed(self, hidden_states, added, cache_params, attention_mask)
+        return Block.unsummed(self, hidden_states, added, cache_params, attention_mask, checkpoints)
 
 
 class Mamba2Block(Block, modeling_mamba2.Mamba2Block):
     """See Block."""
 
 
-def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor:
+def run_blocks(blocks: Sequence[Any], hidden_states: Tensor, **kwargs) -> Tensor:
     """Blocks one after the other: what a mixer adds to the residual is added by the next block's norm, in one kernel.
 
     A block that is not ours, or whose call does more than its forward, is called as the module it is.
@@ -168,11 +174,16 @@ def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor
         hidden_states: (B, L, hidden_size).
         kwargs: of every block.
     """
-    added = None
+    added = checkpoints = None
+    # What the last one leaves may be kept for long, and with it all that it shares memory with.
+    if count := sum(block.level(kwargs.get("cache_params")) == "block" for block in blocks[:-1]):
+        dtype = torch.float32 if any(block.residual_in_fp32 for block in blocks) else hidden_states.dtype
+        checkpoints = Checkpoints(count, hidden_states, dtype)
     for block in blocks:
         ours = type(block) in (MambaBlock, Mamba2Block)
         if ours and not (hooked(block) or block.gradient_checkpointing):
-            hidden_states, added = block.unsummed(hidden_states, added, **kwargs)
+            into = checkpoints if block is not blocks[-1] else None
+            hidden_states, added = block.unsummed(hidden_states, added, checkpoints=into, **kwargs)
         else:
             hidden_states, added = block(_summed(hidden_states, added), **kwargs), None
     return _summed(hidden_states, added)

@@ -106,7 +106,12 @@ def kept_for_backward(run: Callable[[], Any], apart_from: Iterable[Tensor] = ())
 
 
 def checkpointed(
-    run: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, parameters: Iterable[Tensor], *, draws: bool
+    run: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    parameters: Iterable[Tensor],
+    *,
+    draws: bool,
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Tensor:
     """The sum of both results of `run(x)`, keeping x alone for backward.
 
@@ -117,24 +122,51 @@ def checkpointed(
         run: asks `runs_again` whether its results are still wanted.
         parameters: all tensors that get a gradient through `run`, beside x.
         draws: whether it draws random numbers, which are then the same the second time.
+        add: makes the sum.
     """
-    return _Checkpointed.apply(run, draws, x, *parameters)
+    return _Checkpointed.apply(run, draws, add, x, *parameters)
+
+
+class Checkpoints:
+    """Memory for what a stack of checkpoints keeps, in one piece.
+
+    One by one they would take the places of what earlier layers have let go of; where sizes differ a little the pieces
+    of an allocator fit the next layer's tensors no more, and each layer takes new ones.
+
+    Args:
+        count: of tensors like `x`.
+        dtype: of these.
+    """
+
+    def __init__(self, count: int, x: Tensor, dtype: torch.dtype) -> None:
+        self._left = iter(x.new_empty(count, x.numel(), dtype=dtype))
+        self._shape, self._dtype = x.shape, dtype
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b, in this memory as long as there is some."""
+        if torch.promote_types(a.dtype, b.dtype) != self._dtype or a.shape != self._shape:
+            return a + b
+        if (piece := next(self._left, None)) is None:
+            return a + b
+        with torch.no_grad():  # a tensor of its own to autograd, no view of what it has never seen
+            out = piece.new_empty(0).set_(piece.untyped_storage(), piece.storage_offset(), self._shape)
+        return torch.add(a, b, out=out)
 
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, draws, x, *parameters):
+    def forward(ctx, run, draws, add, x, *parameters):
         ctx.save_for_backward(x, *parameters)
         ctx.run, ctx.autocast = run, autocast_like_now(x.device.type)
         ctx.random = _RandomState(x) if draws else None
         residual, mixed = run(x)
-        return residual + mixed
+        return add(residual, mixed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]  # mypy sees the decorator, not the method
         x, *parameters = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        x = x.detach().requires_grad_(ctx.needs_input_grad[3])
         random = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         with torch.enable_grad(), ctx.autocast(), random, _running_again():
             results = [result for result in ctx.run(x) if result.requires_grad]
@@ -142,7 +174,7 @@ class _Checkpointed(torch.autograd.Function):
         gradients = iter(
             torch.autograd.grad(results, inputs, [dy.to(each.dtype) for each in results], allow_unused=True)
         )
-        return None, None, *(next(gradients) if each.requires_grad else None for each in (x, *parameters))
+        return None, None, None, *(next(gradients) if each.requires_grad else None for each in (x, *parameters))
 
 
 class _RandomState:

@@ -129,6 +129,28 @@ def test_where_a_sum_is_made_before_the_norm(change, adding, fused):
         assert actual is None or (actual.dtype == right.dtype and torch.equal(actual, right))
 
 
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_lie_side_by_side(family, others):
+    """All but the first, which is the input, and the last, which is the output and may be kept for long."""
+    model = trained(family, "sll", num_hidden_layers=4)
+    blocks = model.base_model.model.backbone.layers
+    recompute(model, "block")
+    for each in blocks[:others]:
+        each.recompute = "none"
+    x = torch.randn(2, 5, 32).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = block.run_blocks(blocks, x)
+    storages = (each.untyped_storage() for each in kept if each.shape == x.shape)
+    held = {each.data_ptr(): each.nbytes() for each in storages}
+    assert y.untyped_storage().nbytes() == x.nbytes
+    assert max(held.values()) == (3 - others) * x.nbytes
+    assert others or len(held) == 2
+    y.sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_and_packed_rows_go_through_the_fused_norms(family, fused):
     model = trained(family, "sll").eval()
