@@ -23,6 +23,9 @@ MOST_TOKENS = {"cuda": 32768, "cpu": 4096}
 COPIES_SHARE, STATES_SHARE, TOKENS_SHARE = 1 / 8, 1 / 16, 1 / 8
 # float32 values that a token takes at once in a layer, in units of hidden_size, on the generous side.
 VALUES_PER_TOKEN = 32
+# float32 values that a token's layer reads and writes, in units of hidden_size, or could in the time of its products.
+# On a CPU, where states are copied, fewer.
+VALUES_MOVED = {"cuda": 24, "cpu": 8}
 # Below this a batch is not made smaller for lack of memory.
 FEWEST_TOKENS = 64
 
@@ -53,7 +56,8 @@ class Budget:
     """What may be taken at once.
 
     Attributes:
-        state_bytes: memory for states.
+        state_bytes: memory for states: of all layers what is kept from batch to batch, and of one layer those that the
+            sequences of a batch go on from.
         tokens: of a batch.
         copy_bytes: memory for what is kept of weights from batch to batch, such as their half-precision copies. Beyond
             it they are copied in each batch. None: no limit.
@@ -92,19 +96,38 @@ class Budget:
         return True
 
     def most_states(self, model: Any) -> int:
+        """Of all layers."""
         return self.state_bytes // StatePool.bytes_per_state(model)
 
-    def slots(self, model: Any, tree: PrefixTree) -> int:
-        """States to make room for: as many as two full batches leave, the tree has, or memory holds."""
-        forks = tree.height > 0
+    def slots(self, model: Any, tree: PrefixTree, within: int) -> int:
+        """States to keep room for: as many as two full batches leave, the tree has, or memory holds.
+
+        Args:
+            within: as for `schedule.batches`.
+        """
+        height = int(tree.height.max(initial=0))
+        forks = tree.height > (1 if within else 0)
         if not forks.any():
-            return 0
+            return height
         length = (tree.stop - tree.start)[forks].mean()
-        useful = math.ceil(2 * self.tokens / length) + int(tree.height.max())
-        return max(int(tree.height.max()), min(useful, int(forks.sum()), self.most_states(model)))
+        useful = min(math.ceil(2 * self.tokens / length), int(forks.sum())) + height
+        left = self.state_bytes - within * bytes_in_a_layer(model)
+        return max(height, min(useful, left // StatePool.bytes_per_state(model)))
+
+    def within(self, model: Any, device: torch.device) -> int:
+        """Prefixes that run in one batch with their branches: states of one layer that half of the memory holds.
+
+        On a CPU none: there states in slots cost less than a scan that has to go over the batch in two parts.
+        """
+        return 0 if device.type == "cpu" else self.state_bytes // 2 // bytes_in_a_layer(model)
+
+
+def bytes_in_a_layer(model: Any) -> int:
+    """Bytes of a state in one of the layers."""
+    return StatePool.bytes_per_state(model) // model.config.num_hidden_layers
 
 
 def fork_cost(model: Any) -> float:
-    """What reading and writing a state costs, in tokens: by the values that it has and a token's layer moves."""
-    config = model.config
-    return StatePool.bytes_per_state(model) / 4 / config.num_hidden_layers / (8 * config.hidden_size)
+    """What leaving a state costs, or going on from one, in tokens: its values by those that a token's layer moves."""
+    moved = VALUES_MOVED.get(next(model.parameters()).device.type, VALUES_MOVED["cpu"])
+    return bytes_in_a_layer(model) / 4 / (moved * model.config.hidden_size)

@@ -14,7 +14,7 @@ from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import PackedSequences, StatePool
 
 from .budget import Budget, fork_cost
-from .runner import SequenceRunner, to_device
+from .runner import SequenceRunner, sequences_of, to_device
 from .schedule import batches
 from .scorer import NaNScore
 from .tree import PrefixTree
@@ -80,9 +80,9 @@ class GreedyGenerator:
                     yield number, tokens
 
     def _block(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> list[list[int]]:
-        slots = max(0, self.budget.most_states(self.model) - len(prompts))
-        tree = PrefixTree.of(prompts, fork_cost(self.model), slots, every_end=True)
-        slots = min(slots, self.budget.slots(self.model, tree))
+        most = max(0, self.budget.most_states(self.model) - len(prompts))
+        tree = PrefixTree.of(prompts, fork_cost(self.model), most, every_end=True)
+        slots = min(most, self.budget.slots(self.model, tree, 0))
         pool = StatePool(self.model, slots + len(prompts))
         own_slot = np.zeros(len(tree.start), dtype=np.int64)
         own_slot[tree.segment_of] = slots + 1 + np.arange(len(prompts))
@@ -91,20 +91,13 @@ class GreedyGenerator:
         for batch in batches(tree, self.budget.tokens, slots):
             pieces = [tree.tokens(segment) for segment in batch.segments]
             ends = np.flatnonzero(own_slot[batch.segments])
-            target = batch.target + own_slot[batch.segments]
-            kept = np.flatnonzero(target)
-            lengths = np.array([len(piece) for piece in pieces])
-            bounds = np.concatenate([[0], np.cumsum(lengths)])
+            bounds = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
             self.tokens_run += int(bounds[-1])
-            tokens_, bounds_, source_, kept_, target_, last_, leaf_ = to_device(
-                self.device,
-                *(np.concatenate(pieces), bounds, batch.source, kept, target[kept]),
-                *(bounds[1:][ends] - 1, tree.leaf[batch.segments[ends]]),
+            tokens_, last_, leaf_ = to_device(
+                self.device, np.concatenate(pieces), bounds[1:][ends] - 1, tree.leaf[batch.segments[ends]]
             )
-            packed = PackedSequences(
-                *(bounds_.to(torch.int32), pool, source_ if batch.source.any() else None, kept_, target_),
-                shortest=int(lengths[kept].min()),
-            )
+            target = batch.target + own_slot[batch.segments]
+            packed = sequences_of(pieces, batch, pool, self.device, target)
             hidden = self.runner.hidden_states(tokens_, packed)
             logits = self.runner.logits(hidden.index_select(0, last_))
             first[leaf_], bad[leaf_] = logits.argmax(-1), logits.isnan().any(-1)
@@ -148,8 +141,7 @@ class GreedyGenerator:
 
     def _single_tokens(self, pool: StatePool, slots: np.ndarray) -> PackedSequences:
         """A token of each of these texts, which goes on from its slot and leaves its state there."""
-        slots_, bounds, rows = to_device(self.device, slots, np.arange(len(slots) + 1), np.arange(len(slots)))
-        return PackedSequences(bounds.to(torch.int32), pool, slots_, rows, slots_, shortest=1)
+        return PackedSequences.of(np.ones(len(slots), dtype=np.int64), pool, slots, slots)
 
     def _look(self, written: list[list[int]], active: np.ndarray, new: np.ndarray) -> np.ndarray:
         """Add `new` (rows, tokens) to what the active rows wrote; which of them go on."""

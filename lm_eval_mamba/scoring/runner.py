@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from peft_mamba.mixers import PackedSequences, StatePool
+from peft_mamba.mixers.block import last_hidden_state
 from peft_mamba.mixers.projection import project
+
+from .schedule import Batch
 
 # Bytes of one float32 (positions, vocabulary) tensor of the language-model head; about three exist at a time.
 HEAD_BYTES = {"cuda": 2**28, "cpu": 2**24}
@@ -42,6 +45,19 @@ def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     return list(together.to(device, non_blocking=True).split([len(a) for a in arrays]))
 
 
+def sequences_of(
+    pieces: list[np.ndarray],
+    batch: Batch,
+    pool: StatePool | None,
+    device: torch.device,
+    target: np.ndarray | None = None,
+) -> PackedSequences:
+    """What the mixers need to know of a batch; `target` in place of its own."""
+    lengths = [len(piece) for piece in pieces]
+    target = batch.target if target is None else target
+    return PackedSequences.of(lengths, pool, batch.source, target, batch.parent, device)
+
+
 class SequenceRunner:
     """A Mamba causal LM that runs sequences laid end to end, with states in a pool.
 
@@ -58,7 +74,7 @@ class SequenceRunner:
 
     def hidden_states(self, tokens: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         """(L, hidden_size) for tokens (L,) of these sequences."""
-        return self.model.backbone(input_ids=tokens[None], attention_mask=packed, use_cache=False)[0][0]
+        return last_hidden_state(self.model.backbone, tokens[None], attention_mask=packed)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 (positions, vocabulary), as the model's own forward computes them."""
@@ -67,8 +83,7 @@ class SequenceRunner:
     def score(
         self,
         pieces: list[np.ndarray],
-        source: np.ndarray,
-        target: np.ndarray,
+        batch: Batch,
         positions: np.ndarray,
         words: np.ndarray,
         pool: StatePool | None,
@@ -77,27 +92,16 @@ class SequenceRunner:
 
         Args:
             pieces: the tokens of each sequence.
-            source, target: (S,) slots of `pool` that each goes on from and leaves its state in; 0: none.
+            batch: what each goes on from, and where its state goes.
             positions, words: (P,) the word's log-probability after the token at this position of all, in order.
 
         Returns:
             (2, P) float32: log-probabilities, and 1 where no word is more likely, else 0.
         """
-        lengths = np.array([len(piece) for piece in pieces])
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        kept = np.flatnonzero(target)
         new = np.diff(positions, prepend=-1) != 0
         unique, row = positions[new], np.cumsum(new) - 1
-        *on_device, unique_, row_, words_ = to_device(
-            self.device, *(np.concatenate(pieces), bounds, source, kept, target[kept], unique, row, words)
-        )
-        tokens_, bounds_, source_, kept_, target_ = on_device
-        packed = PackedSequences(
-            bounds_.to(torch.int32),
-            pool,
-            source_ if source.any() else None,
-            *((kept_, target_, int(lengths[kept].min())) if len(kept) else ()),
-        )
+        tokens_, unique_, row_, words_ = to_device(self.device, np.concatenate(pieces), unique, row, words)
+        packed = sequences_of(pieces, batch, pool, self.device)
         hidden = self.hidden_states(tokens_, packed)
         scored = torch.empty(2, len(words), dtype=torch.float32, device=self.device)
         hidden = hidden.index_select(0, unique_)

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import StatePool
 
-from .budget import Budget, fork_cost
+from .budget import Budget, bytes_in_a_layer, fork_cost
 from .runner import Pending, SequenceRunner
 from .schedule import batches
 from .tree import PrefixTree
@@ -38,12 +38,11 @@ class NaNScore(FloatingPointError):
 
 @dataclass
 class Work:
-    """What a call of `score` did, in tokens: `asked` with every request run by itself."""
+    """What a call of `score` did, in tokens: `asked` with every request run by itself. `state_bytes` is the most."""
 
     asked: int = 0
     run: int = 0
     batches: int = 0
-    slots: int = 0
     state_bytes: int = 0
 
 
@@ -133,13 +132,11 @@ class PrefixScorer:
             if left:
                 clear_device_cache(garbage_collection=True)
         logger.debug(
-            "prefix tree: %d tokens asked, %d run in %d batches of at most %d tokens; at most %d states, %.1f MiB of a "
-            "budget of %.1f MiB",
+            "prefix tree: %d tokens asked, %d run in %d batches of at most %d tokens; states took %.1f MiB of %.1f MiB",
             self.work.asked,
             self.work.run,
             self.work.batches,
             self.budget.tokens,
-            self.work.slots,
             self.work.state_bytes / 2**20,
             self.budget.state_bytes / 2**20,
         )
@@ -148,26 +145,27 @@ class PrefixScorer:
         """Answers until all are there or memory runs out; what was under way then is lost, and yielded by none."""
         plan = Plan(requests, fork_cost(self.model), self.budget.most_states(self.model))
         tree = plan.tree
-        slots = self.budget.slots(self.model, tree)
+        within = self.budget.within(self.model, self.device)
+        slots = self.budget.slots(self.model, tree, within)
         results = _Results(np.empty(len(plan.words), np.float32), np.empty(len(plan.words), bool))
         pool = StatePool(self.model, slots) if slots else None
-        self.work.slots = max(self.work.slots, slots)
-        self.work.state_bytes = max(self.work.state_bytes, slots * StatePool.bytes_per_state(self.model))
-        for batch in batches(tree, self.budget.tokens, slots):
+        kept_bytes = slots * StatePool.bytes_per_state(self.model)
+        for batch in batches(tree, self.budget.tokens, slots, within):
             lengths = tree.stop[batch.segments] - tree.start[batch.segments]
             offsets = np.cumsum(lengths) - lengths - tree.start[batch.segments]
             sizes = plan.pairs_of[batch.segments + 1] - plan.pairs_of[batch.segments]
             pairs = np.repeat(plan.pairs_of[batch.segments] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
             scored = self.runner.score(
                 [tree.tokens(segment) for segment in batch.segments],
-                batch.source,
-                batch.target,
+                batch,
                 np.repeat(offsets, sizes) + plan.depth[pairs],
                 plan.words[pairs],
                 pool,
             )
             self.work.run += int(lengths.sum())
             self.work.batches += 1
+            state_bytes = kept_bytes + len(np.unique(batch.parent[batch.parent >= 0])) * bytes_in_a_layer(self.model)
+            self.work.state_bytes = max(self.work.state_bytes, state_bytes)
             results.under_way.append((batch.segments, pairs, scored))
             if len(results.under_way) > AHEAD:
                 yield from self._collect(plan, results)

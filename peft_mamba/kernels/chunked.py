@@ -23,6 +23,7 @@ from .reference import (
     check_packed,
     first_of_document,
     gathers,
+    kept_in,
     step_size,
     zero_padding,
 )
@@ -64,6 +65,7 @@ def selective_scan(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`, chunk by chunk. First derivatives only."""
     dtype = accumulator_dtype(u)
@@ -71,7 +73,7 @@ def selective_scan(
     x = u.to(dtype)
     if cu_seqlens is not None:
         check_packed(u, cu_seqlens, initial_state, lengths, seq_idx)
-        schedule = Schedule.packed(cu_seqlens)
+        schedule = kept_in(memo, "schedule", lambda: Schedule.packed(cu_seqlens))
     else:
         schedule = Schedule.of(x.shape[0], x.shape[1], first_of_document(seq_idx))
     h = x.new_zeros(schedule.states, *A.shape) if initial_state is None else initial_state.to(dtype)
@@ -121,7 +123,7 @@ def ssd(
     values, exponent = u * dt[..., None], dt * A.to(dtype)
     h = u.new_zeros(batch, *u.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(dtype)
     if cu_seqlens is not None:
-        y, h = _packed_ssd(values[0], exponent[0], B[0], C[0], h, cu_seqlens)
+        y, h = _packed_ssd(values[0], exponent[0], B[0], C[0], h, cu_seqlens, memo)
     else:
         starts = first_of_document(seq_idx)
         documents = None if starts is None else starts.cumsum(1)
@@ -166,12 +168,20 @@ def _ssd_chunk(
     return y, torch.addcmul(added, h, into[:, :, -1, None, None])
 
 
-def _packed_ssd(v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The chunks of all sequences that are at the same place in theirs, side by side; arguments have no batch."""
+def _by_length(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """From the longest sequence to the shortest: its number, length and first token, and the lengths on the host."""
     lengths = cu_seqlens.diff().long()
     order = torch.argsort(lengths, descending=True, stable=True)
-    lengths, first = lengths[order], cu_seqlens[:-1].long()[order]
-    sizes, last = lengths.tolist(), first + lengths - 1
+    lengths = lengths[order]
+    return order, lengths, cu_seqlens[:-1].long()[order], lengths.tolist()
+
+
+def _packed_ssd(
+    v: Tensor, a: Tensor, B: Tensor, C: Tensor, h: Tensor, cu_seqlens: Tensor, memo: dict | None
+) -> tuple[Tensor, Tensor]:
+    """The chunks of all sequences that are at the same place in theirs, side by side; arguments have no batch."""
+    order, lengths, first, sizes = kept_in(memo, "by_length", lambda: _by_length(cu_seqlens))
+    last = first + lengths - 1
     h = h.index_select(0, order)
     outputs, tokens = [], []
     for start in range(0, max(sizes, default=0), SSD_CHUNK):

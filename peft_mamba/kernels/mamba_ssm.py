@@ -51,6 +51,7 @@ def selective_scan(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`; u, delta, B, C and z are taken in u's dtype, the rest in float32."""
     stateful = initial_state is not None or return_final_state
@@ -71,6 +72,7 @@ def selective_scan(
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
+            memo=memo,
         )
     delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
     z = None if z is None else z.to(u.dtype)

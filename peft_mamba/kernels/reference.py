@@ -19,12 +19,16 @@ The two scans also go on from states in a pool, without a copy of each where ker
 
     initial_index  (S,) or (B,) int64, the row of initial_state, which may have any number of them, that each sequence
                    or row of the batch starts from; several may start from the same. None: each from its own.
+
+and, where no gradient is wanted, write to memory that is there:
+
+    out  as y, contiguous: y, on return. None: new memory.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -99,18 +103,34 @@ def gathered(initial_state: Tensor | None, initial_index: Tensor | None) -> Tens
 
 
 def gathers(scan: Callable) -> Callable:
-    """`scan`, which has no initial_index, with one: it gets copies of the states."""
+    """`scan`, which has no initial_index and no out, with both: it gets copies of the states, and y is copied."""
 
     @functools.wraps(scan)
     def wrapped(
         *args: Any,
         initial_state: Tensor | None = None,
         initial_index: Tensor | None = None,
+        out: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        return scan(*args, initial_state=gathered(initial_state, initial_index), **kwargs)
+        y, final = scan(*args, initial_state=gathered(initial_state, initial_index), **kwargs)
+        return put(y, out), final
 
     return wrapped
+
+
+def put(y: Tensor, out: Tensor | None) -> Tensor:
+    """y, in `out` if there is one."""
+    return y if out is None else out.copy_(y)
+
+
+def kept_in(memo: dict | None, name: Hashable, find_out: Callable[[], Any]) -> Any:
+    """What `find_out` returns, once for all calls with this memo."""
+    if memo is None:
+        return find_out()
+    if name not in memo:
+        memo[name] = find_out()
+    return memo[name]
 
 
 def sequences_of(cu_seqlens: Tensor) -> list[slice]:
@@ -143,6 +163,7 @@ def selective_scan(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba-1's scan: Algorithm 2 of "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2312.00752).
 
@@ -154,6 +175,8 @@ def selective_scan(
         u, delta, z: (B, L, D); z may be None.
         A: (D, N), negative. B, C: (B, L, N). D, delta_bias: (D,).
         initial_state: (B, D, N), h before the first token.
+        memo: a dict that the caller keeps for calls with the same cu_seqlens, in which an implementation may leave what
+            it has found out about them. Empty at first; None: nothing is kept.
 
     Returns:
         y (B, L, D) in u's dtype, and h after the last token of each row, (B, D, N), if asked for, else None.
@@ -230,8 +253,7 @@ def ssd(
         dt: (B, L, H), the step sizes themselves: bias, softplus and limits are already in it.
         A, D: (H,), A negative. B, C: (B, L, G, N), G dividing H.
         initial_state: (B, H, P, N), h before the first token.
-        memo: a dict that the caller keeps for calls with the same cu_seqlens, in which an implementation may leave what
-            it has found out about them. Empty at first; None: nothing is kept.
+        memo: as for `selective_scan`.
 
     Returns:
         y (B, L, H, P) in x's dtype, and h after the last token of each row, (B, H, P, N), if asked for, else None.

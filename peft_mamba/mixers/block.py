@@ -5,7 +5,7 @@ As with the mixers, transformers' modules keep their names and parameters and ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -165,7 +165,7 @@ class Mamba2Block(Block, modeling_mamba2.Mamba2Block):
     """See Block."""
 
 
-def run_blocks(blocks: Sequence[Any], hidden_states: Tensor, **kwargs) -> Tensor:
+def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor:
     """Blocks one after the other: what a mixer adds to the residual is added by the next block's norm, in one kernel.
 
     A block that is not ours, or whose call does more than its forward, is called as the module it is.
@@ -174,6 +174,7 @@ def run_blocks(blocks: Sequence[Any], hidden_states: Tensor, **kwargs) -> Tensor
         hidden_states: (B, L, hidden_size).
         kwargs: of every block.
     """
+    blocks = list(blocks)
     added = checkpoints = None
     # What the last one leaves may be kept for long, and with it all that it shares memory with.
     if count := sum(block.level(kwargs.get("cache_params")) == "block" for block in blocks[:-1]):
@@ -187,6 +188,18 @@ def run_blocks(blocks: Sequence[Any], hidden_states: Tensor, **kwargs) -> Tensor
         else:
             hidden_states, added = block(_summed(hidden_states, added), **kwargs), None
     return _summed(hidden_states, added)
+
+
+def last_hidden_state(backbone: Any, input_ids: Tensor, **kwargs) -> Tensor:
+    """(B, L, hidden_size): a backbone's embeddings, blocks and last norm, whose sums the norms make.
+
+    For forwards that need nothing else of what a backbone's own does, and no hook on it.
+
+    Args:
+        input_ids: (B, L).
+        kwargs: of every block.
+    """
+    return backbone.norm_f(run_blocks(backbone.layers, backbone.embeddings(input_ids), **kwargs))
 
 
 # transformers' class to ours.

@@ -11,8 +11,8 @@ from .. import kernels
 from ..frozen import from_weights
 from .projection import draws, project
 from .recomputation import can_be_remade, remakes_some
-from .sequences import PackedSequences
-from .state import CachedMixer, MixerState, decay_rates, index_in_pool, inputs_before, state_after
+from .sequences import PackedSequences, Part
+from .state import CachedMixer, MixerState, conv_window, decay_rates, inputs_before
 
 Tensor = torch.Tensor
 
@@ -35,10 +35,12 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         return_final_state: bool = False,
         sequences: PackedSequences | None = None,
     ) -> tuple[Tensor, MixerState | None]:
-        if sequences is not None:
-            cu_seqlens, return_final_state = sequences.cu_seqlens, sequences.kept is not None
         x, z = project(self.in_proj, hidden_states, sizes=[self.intermediate_size] * 2)
-        conv_before = inputs_before(initial_state, self.conv_kernel_size)
+        if sequences is None:
+            conv_before = inputs_before(initial_state, self.conv_kernel_size)
+        else:
+            cu_seqlens = sequences.cu_seqlens
+            conv_before = sequences.inputs_before(x, self.layer_idx, self.conv_kernel_size - 1)
 
         def convolve() -> Tensor:
             u = kernels.causal_conv1d(
@@ -61,6 +63,16 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         if remakes_some() and not draws(self.dt_proj):
             can_be_remade(delta, lambda: project(self.dt_proj, time_step, bias=False))
         A = from_weights("A", decay_rates, self.A_log)
+        if sequences is not None:
+
+            def scan(part: Part, **states: Any) -> tuple[Tensor, Tensor | None]:
+                u_, delta_, B_, C_, z_ = (each[:, part.tokens] for each in (u, delta, B, C, z))
+                rows = {"cu_seqlens": part.cu_seqlens, "memo": part.memo}
+                return kernels.selective_scan(u_, delta_, A, B_, C_, self.D, z_, self.dt_proj.bias, **rows, **states)
+
+            y = sequences.scan(self.layer_idx, u, scan)
+            sequences.keep_inputs(x, self.layer_idx, self.conv_kernel_size - 1)
+            return project(self.out_proj, y), None
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         if cu_seqlens is not None and seq_idx is not None:
             # Documents side by side; with seq_idx a scan goes through all of a row one after the other.
@@ -68,7 +80,6 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         else:
             rows |= {
                 "initial_state": None if initial_state is None else initial_state.ssm,
-                "initial_index": index_in_pool(sequences, initial_state),
                 "lengths": lengths if return_final_state else None,
                 "seq_idx": seq_idx,
                 "return_final_state": return_final_state,
@@ -77,5 +88,6 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
         if return_final_state and ssm is not None:
-            state = state_after(x, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
+            inputs = None if initial_state is None else initial_state.conv
+            state = MixerState(conv_window(x, inputs, lengths, self.conv_kernel_size), ssm)
         return project(self.out_proj, y, product=not self._output_unread()), state

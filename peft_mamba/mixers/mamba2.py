@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from ..kernels.reference import accumulator_dtype
 from .block import MambaRMSNormGated
 from .projection import columns_for, hooked, project
 from .recomputation import can_be_remade
-from .sequences import PackedSequences
-from .state import CachedMixer, MixerState, decay_rates, index_in_pool, inputs_before, state_after
+from .sequences import PackedSequences, Part
+from .state import CachedMixer, MixerState, conv_window, decay_rates, inputs_before
 
 Tensor = torch.Tensor
 
@@ -40,15 +41,16 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
     ) -> tuple[Tensor, MixerState | None]:
         D, group_states = self.intermediate_size, self.n_groups * self.ssm_state_size
         if sequences is not None:  # run by our own scan, which takes x, B and C as they lie in one tensor
-            cu_seqlens, return_final_state = sequences.cu_seqlens, sequences.kept is not None
+            cu_seqlens = sequences.cu_seqlens
             z, xBC, dt = project(self.in_proj, hidden_states, sizes=[D, D + 2 * group_states, self.num_heads])
             convolved, parts = [xBC], [slice(None)]
+            before = sequences.inputs_before(xBC, self.layer_idx, self.conv_kernel_size - 1)
         else:
             # x, and B with C, are convolved apart: each comes out contiguous, and neither is copied for the scan.
             z, x, rest = project(self.in_proj, hidden_states, sizes=[D, D, 2 * group_states + self.num_heads])
             BC, dt = rest.split([2 * group_states, self.num_heads], dim=-1)
             convolved, parts = [x, BC], [slice(0, D), slice(D, D + 2 * group_states)]
-        before = inputs_before(initial_state, self.conv_kernel_size)
+            before = inputs_before(initial_state, self.conv_kernel_size)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
 
         def convolve(inputs: Tensor, part: slice) -> Tensor:
@@ -74,25 +76,31 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         dt = F.softplus(dt + self.dt_bias.to(accumulator_dtype(dt)))
         if tuple(self.time_step_limit) != (0.0, float("inf")):
             dt = dt.clamp(*self.time_step_limit)
+        A = from_weights("A", decay_rates, self.A_log)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (each.unflatten(-1, (self.n_groups, self.ssm_state_size)) for each in (B, C))
+        if sequences is not None:
+
+            def scan(part: Part, **states: Any) -> tuple[Tensor, Tensor | None]:
+                x_, dt_, B_, C_ = (each[:, part.tokens] for each in (x, dt, B, C))
+                rows = {"cu_seqlens": part.cu_seqlens, "memo": part.memo}
+                return kernels.ssd(x_, dt_, A, B_, C_, self.D, **rows, **states)
+
+            y = sequences.scan(self.layer_idx, x, scan)
+            sequences.keep_inputs(convolved[0], self.layer_idx, self.conv_kernel_size - 1)
+            return project(self.out_proj, self._normed(y.flatten(-2), z)), None
         y, ssm = kernels.ssd(
-            x.unflatten(-1, (self.num_heads, self.head_dim)),
-            dt,
-            from_weights("A", decay_rates, self.A_log),
-            B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-            C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-            self.D,
+            *(x, dt, A, B, C, self.D),
             initial_state=None if initial_state is None else initial_state.ssm,
-            initial_index=index_in_pool(sequences, initial_state),
             lengths=lengths if return_final_state else None,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens if seq_idx is None else None,
             return_final_state=return_final_state,
-            memo=None if sequences is None else sequences.memo,
         )
         state = None
         if return_final_state and ssm is not None:
-            xBC = convolved[0] if sequences is not None else torch.cat(convolved, dim=-1)
-            state = state_after(xBC, ssm, initial_state, lengths, self.conv_kernel_size, sequences)
+            inputs = None if initial_state is None else initial_state.conv
+            state = MixerState(conv_window(torch.cat(convolved, dim=-1), inputs, lengths, self.conv_kernel_size), ssm)
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:

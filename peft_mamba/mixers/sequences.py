@@ -4,15 +4,20 @@
     model.backbone(shared[None], attention_mask=PackedSequences.of([len(shared)], pool, target=[1]), use_cache=False)
     model.backbone(branches[None], attention_mask=PackedSequences.of([3, 5], pool, source=[1, 1]), use_cache=False)
 
-The second forward continues the first one twice. Nothing in it waits for the device.
+The second forward continues the first one twice. In one forward, without a state that outlives a layer:
+
+    model.backbone(all_of_it[None], attention_mask=PackedSequences.of([len(shared), 3, 5], parent=[-1, 0, 0]), …)
+
+Nothing in either waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,18 +53,13 @@ class StatePool:
         """Bytes that one slot takes over all layers of `model`."""
         return 4 * sum(torch.Size(shape).numel() for mixer in _mixers(model) for shape in _shapes(mixer))
 
-    def conv(self, layer: int, slots: Tensor) -> Tensor:
-        """(S, C, K-1): copies of the convolution's states in `slots`, which are small."""
-        return self._conv[layer].index_select(0, slots).transpose(1, 2)
+    def conv(self, layer: int) -> Tensor:
+        """(slots + 1, K-1, C): the convolution's states, no copies."""
+        return self._conv[layer]
 
     def ssm(self, layer: int) -> Tensor:
         """(slots + 1, D, N) or (slots + 1, H, P, N): the scan's states, no copies, for a kernel to pick from."""
         return self._ssm[layer]
-
-    def write(self, layer: int, slots: Tensor, conv: Tensor, ssm: Tensor) -> None:
-        """Overwrite `slots`, none of which occurs twice, with (S, C, K-1) and (S, D, N) or (S, H, P, N)."""
-        self._conv[layer].index_copy_(0, slots, conv.transpose(1, 2).float())
-        self._ssm[layer].index_copy_(0, slots, ssm.float())
 
 
 def _mixers(model: nn.Module) -> list[Any]:
@@ -75,108 +75,295 @@ def _shapes(mixer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return conv, (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
 
 
+class Part(NamedTuple):
+    """Neighbours in the row that one scan runs over: all as many forks away from what the batch starts from."""
+
+    tokens: slice  # of the row
+    cu_seqlens: Tensor  # (S+1,) int32, from 0
+    source: Tensor | None  # (S,) int64, whose states they go on from; None: all start from nothing
+    before: int | None  # the part whose sequences `source` counts; None: it counts slots of the pool
+    goes_on: bool  # whether anything needs their final states
+    kept: Tensor | None  # (F,) int64, those whose final state goes to a slot; None: all do
+    target: Tensor | None  # (F,) int64, that slot; None: no state is kept
+    memo: dict  # what kernels have found out about cu_seqlens, see `kernels.reference.selective_scan`
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
     """What takes the place of `attention_mask` on its way to a mixer where a row holds sequences with own states.
 
-    All layers share it: what depends on the batch alone is found out once, in the first of them.
+    All layers share it: what depends on the batch alone is found out once. Made by `of`.
 
     Attributes:
         cu_seqlens: (S+1,) int32; sequence s is the tokens cu_seqlens[s] to cu_seqlens[s+1] of a batch of one row.
-        pool: where states are read from and left; None: every sequence starts from nothing and leaves nothing.
-        source: (S,) int64, the slot that each sequence goes on from; None: all start from nothing.
-        kept, target: (F,) int64, sequences whose final state goes to a slot, in ascending order, and that slot; None:
-            none does.
-        shortest: tokens that every sequence in `kept` has at least, as far as is known without asking the device.
-        memo: what kernels have found out about cu_seqlens, see `kernels.reference.ssd`.
+        parts: the sequences in their order, as scans take them.
+        pool: where states are read from and left; None: nowhere.
     """
 
     cu_seqlens: Tensor
-    pool: StatePool | None = None
-    source: Tensor | None = None
-    kept: Tensor | None = None
-    target: Tensor | None = None
-    shortest: int = 0
-    memo: dict = field(default_factory=dict, init=False, repr=False)
-    _ends: dict[int, _Ends] = field(default_factory=dict, init=False, repr=False)
+    parts: list[Part]
+    pool: StatePool | None
+    _host: _OnHost
+    _windows: dict[int, tuple[_Windows, _Windows]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
         cls,
-        lengths: Sequence[int],
-        pool: StatePool,
-        source: Sequence[int] | None = None,
-        target: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray,
+        pool: StatePool | None = None,
+        source: Sequence[int] | np.ndarray | None = None,
+        target: Sequence[int] | np.ndarray | None = None,
+        parent: Sequence[int] | np.ndarray | None = None,
+        device: torch.device | str | None = None,
     ) -> PackedSequences:
-        """From numbers on the host; in `target` 0 stands for a state that is not kept.
-
-        Raises:
-            ValueError: source or target have not one slot a sequence.
-        """
-        for name, slots in (("source", source), ("target", target)):
-            if slots is not None and len(slots) != len(lengths):
-                raise ValueError(f"{name} has {len(slots)} slots for {len(lengths)} sequences.")
-        device = pool.device
-
-        def on_device(numbers: Any) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-        bounds = on_device([0, *lengths]).cumsum(0, dtype=torch.int32)
-        kept = [s for s, slot in enumerate(target or ()) if slot]
-        return cls(
-            bounds,
-            pool,
-            None if source is None else on_device(source),
-            on_device(kept) if kept else None,
-            on_device([target[s] for s in kept]) if kept and target else None,
-            min((lengths[s] for s in kept), default=0),
-        )
-
-    def of_kept(self, states: Tensor) -> Tensor:
-        """(F, ...): those of (S, ...) that go to a slot."""
-        if self.kept is None or self.kept.shape[0] == states.shape[0]:  # all of them are kept, each once
-            return states
-        return states.index_select(0, self.kept)
-
-    def windows(self, x: Tensor, before: Tensor | None, width: int) -> Tensor:
-        """(F, C, width): the last `width` inputs up to the end of each sequence in `kept`, for inputs x (1, L, C).
+        """From numbers on the host.
 
         Args:
-            before: (S, C, width), the inputs before each sequence; None: there were none.
+            lengths: (S,) tokens of each sequence.
+            source: (S,) the slot that each goes on from, 0 for none. None: none does.
+            target: (S,) the slot that its final state goes to, none of them twice, 0 for none. All reading comes before
+                the writing. None: no state is kept.
+            parent: (S,) the sequence of this row that it goes on from instead, -1 for none. Sequences that are as
+                many parents from the beginning have to be next to each other, those whose state is needed after
+                those whose is not. None: each starts from its source.
+            device: where all of it goes; default: the pool's.
+
+        Raises:
+            ValueError: source, target or parent have not one entry a sequence, a sequence has a parent and a source,
+                there are slots but no pool, or parents are not in order.
         """
-        if not width:
-            return x.new_zeros(len(self.cu_seqlens) - 1 if self.kept is None else len(self.kept), x.shape[2], 0)
-        if width not in self._ends:
-            self._ends[width] = _Ends.of(self, width)
-        rows, inside, earlier = self._ends[width]
-        if x.shape[1]:
-            windows = x[0].index_select(0, rows)
+        host = _OnHost.of(lengths, source, target, parent)
+        if pool is None and (host.source.any() or host.target.any()):
+            raise ValueError("source and target are slots of a pool; there is none.")
+        where = torch.device(pool.device if device is None and pool is not None else device or "cpu")
+        pieces = list(host.pieces())
+        bounds = [host.bounds, *(host.bounds[p.start : p.stop + 1] - host.bounds[p.start] for p in pieces)]
+        numbers = [each for p in pieces for each in (p.source, p.kept, host.target[p.start : p.stop][p.kept])]
+        whole, *cu_seqlens = _to_device(where, np.int32, bounds)
+        on_device = iter(_to_device(where, np.int64, numbers))
+        parts = []
+        for piece, bound in zip(pieces, cu_seqlens, strict=True):
+            from_where, kept, to = (next(on_device) for _ in range(3))
+            parts.append(
+                Part(
+                    slice(int(host.bounds[piece.start]), int(host.bounds[piece.stop])),
+                    bound,
+                    from_where if piece.before is not None or piece.source.any() else None,
+                    piece.before,
+                    piece.goes_on,
+                    None if len(piece.kept) == piece.stop - piece.start else kept,
+                    to if len(piece.kept) else None,
+                    {},
+                )
+            )
+        return cls(whole, parts, pool, host)
+
+    def inputs_before(self, x: Tensor, layer: int, width: int) -> Tensor | None:
+        """(S, width, C): the inputs of a convolution that come before each sequence; None: there are none.
+
+        Args:
+            x: (1, L, C), the inputs of this row.
+        """
+        before, _ = self._find_windows(width, x.device)
+        return before.take(x, None if self.pool is None else self.pool.conv(layer))
+
+    def keep_inputs(self, x: Tensor, layer: int, width: int) -> None:
+        """Leave the last `width` inputs of a convolution in the slots of the sequences whose state is kept."""
+        _, after = self._find_windows(width, x.device)
+        if self.pool is None or not after.sequences:
+            return
+        into = self.pool.conv(layer)
+        windows = after.take(x, into)
+        if windows is None:
+            into.index_fill_(0, after.slots, 0.0)
         else:
-            windows = x.new_zeros(len(rows), x.shape[2])
-        if before is None and inside is not None:
-            windows = windows.masked_fill(~inside, 0.0)
-        elif before is not None and inside is not None and earlier is not None:
-            windows = torch.where(inside, windows, before.transpose(1, 2).flatten(0, 1).index_select(0, earlier))
-        return windows.unflatten(0, (-1, width)).transpose(1, 2)
+            into.index_copy_(0, after.slots, windows.float())
+
+    def scan(self, layer: int, like: Tensor, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Tensor:
+        """A scan over the row, part by part, its states from and to where they belong.
+
+        Args:
+            like: (1, L, ...), of the output's shape and dtype.
+            run: takes a part, and `initial_state`, `initial_index`, `return_final_state` and `out` to hand to a scan.
+
+        Returns:
+            (1, L, ...)
+        """
+        pool = None if self.pool is None else self.pool.ssm(layer)
+        apart = len(self.parts) > 1 and not torch.is_grad_enabled()
+        whole = torch.empty(like.shape, dtype=like.dtype, device=like.device) if apart else None
+        outputs: list[Tensor] = []
+        final: list[Tensor | None] = []
+        kept: list[tuple[Tensor, Tensor]] = []
+        for part in self.parts:
+            states = pool if part.before is None else final[part.before]
+            y, last = run(
+                part,
+                initial_state=None if part.source is None else states,
+                initial_index=part.source,
+                return_final_state=part.goes_on,
+                out=None if whole is None else whole[:, part.tokens],
+            )
+            outputs.append(y)
+            final.append(last)
+            if part.before is not None:
+                # All that goes on from these follows them at once, but for what ends there.
+                final[: part.before] = [None] * part.before
+            if part.target is not None and last is not None:
+                kept.append((part.target, last if part.kept is None else last.index_select(0, part.kept)))
+        if pool is not None:
+            for target, states in kept:
+                pool.index_copy_(0, target, states.float())
+        if whole is not None:
+            return whole
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1) if outputs else like
+
+    def _find_windows(self, width: int, device: torch.device) -> tuple[_Windows, _Windows]:
+        if width not in self._windows:
+            self._windows[width] = self._host.windows(width, device)
+        return self._windows[width]
 
 
-class _Ends(NamedTuple):
-    """Where the last inputs of sequences lie, F · width of them."""
+class _Piece(NamedTuple):
+    """A `Part` on the host: sequences `start` to `stop`."""
 
-    rows: Tensor  # (F · width,) in the row; any place for those that come before the sequence
-    inside: Tensor | None  # (F · width, 1) not before the sequence; None: none is
-    earlier: Tensor | None  # (F · width,) among the S · width inputs before all sequences
+    start: int
+    stop: int
+    before: int | None
+    source: np.ndarray
+    goes_on: bool
+    kept: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _OnHost:
+    """The numbers that a PackedSequences is made of, (S,) each, bounds (S+1,)."""
+
+    bounds: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray  # how many parents from the beginning
 
     @classmethod
-    def of(cls, sequences: PackedSequences, width: int) -> _Ends:
-        bounds, kept = sequences.cu_seqlens.long(), sequences.kept
-        if kept is None:
-            kept = torch.arange(len(bounds) - 1, device=bounds.device)
-        starts, stops = bounds.index_select(0, kept)[:, None], bounds.index_select(0, kept + 1)[:, None]
-        back = torch.arange(-width, 0, device=bounds.device)
-        rows = stops + back
-        if sequences.shortest >= width:
-            return cls(rows.flatten(), None, None)
-        place = rows - starts  # negative before the first token
-        earlier = kept[:, None] * width + (width + place).clamp(0, width - 1)
-        return cls(rows.clamp_min(0).flatten(), (place >= 0).view(-1, 1), earlier.flatten())
+    def of(cls, lengths: Any, source: Any, target: Any, parent: Any) -> _OnHost:
+        count = len(lengths)
+        given = []
+        for name, numbers, none in (("source", source, 0), ("target", target, 0), ("parent", parent, -1)):
+            if numbers is not None and len(numbers) != count:
+                raise ValueError(f"{name} has {len(numbers)} entries for {count} sequences.")
+            given.append(np.full(count, none) if numbers is None else np.asarray(numbers, dtype=np.int64))
+        source, target, parent = given
+        if (parent >= np.arange(count)).any():
+            raise ValueError("A sequence goes on from one that comes before it; a parent is behind its child.")
+        if (both := np.flatnonzero((parent >= 0) & (source != 0))).size:
+            raise ValueError(f"Sequence {both[0]} goes on from a sequence and from a slot; give one of the two.")
+        depth = np.zeros(count, dtype=np.int64)
+        above = parent.copy()
+        while (going := above >= 0).any():
+            depth += going
+            above = np.where(going, parent[above], -1)
+        bounds = np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
+        return cls(bounds, source, target, parent, depth)
+
+    def pieces(self) -> list[_Piece]:
+        count = len(self.parent)
+        goes_on = self.target != 0
+        goes_on[self.parent[self.parent >= 0]] = True
+        changes = (np.diff(self.depth) != 0) | (np.diff(goes_on) != 0)
+        starts = [0, *(np.flatnonzero(changes) + 1).tolist()] if count else []
+        piece_of = np.repeat(np.arange(len(starts)), np.diff([*starts, count]))
+        pieces = []
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], count], strict=True)):
+            source, before = self.source[start:stop], None
+            if self.depth[start]:
+                parents = self.parent[start:stop]
+                before = int(piece_of[parents[0]])
+                if before >= number or (piece_of[parents] != before).any():
+                    raise ValueError(
+                        "Sequences whose states are needed have to follow each other with as many parents; sort them "
+                        "by how many they have, and then by whether anything goes on from them."
+                    )
+                source = parents - starts[before]
+            kept = np.flatnonzero(self.target[start:stop])
+            pieces.append(_Piece(start, stop, before, source, bool(goes_on[start]), kept))
+        return pieces
+
+    def windows(self, width: int, device: torch.device) -> tuple[_Windows, _Windows]:
+        """Where the inputs before each sequence are, and the last ones of those that are kept."""
+        starts, stops = self.bounds[:-1, None], self.bounds[1:, None]
+        back = np.arange(-width, 0)
+        in_row = np.full((len(self.source), width), -1)
+        in_pool = self.source[:, None] * width + width + back
+
+        def last(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            rows = stops[sequences] + back
+            place = rows - starts[sequences]  # negative before the first token
+            earlier = np.clip(width + place, 0, max(width - 1, 0))
+            inside = place >= 0
+            return (
+                np.where(inside, rows, np.take_along_axis(in_row[sequences], earlier, 1)),
+                np.where(inside, 0, np.take_along_axis(in_pool[sequences], earlier, 1)),
+            )
+
+        for depth in range(1, int(self.depth.max(initial=0)) + 1):
+            here = np.flatnonzero(self.depth == depth)
+            in_row[here], in_pool[here] = last(self.parent[here])
+        kept = np.flatnonzero(self.target)
+        none = np.zeros(0, dtype=np.int64)
+        return _Windows.of(in_row, in_pool, none, device), _Windows.of(*last(kept), self.target[kept], device)
+
+
+class _Windows(NamedTuple):
+    """Where (S, width) inputs of a convolution are."""
+
+    sequences: int
+    width: int
+    rows: Tensor | None  # (S · width,) in the row, any place for those that are not there; None: none is
+    inside: Tensor | None  # (S · width, 1) whether they are in the row; None: all are
+    stored: Tensor | None  # (S · width,) in the pool's slots one after the other; None: there are none
+    slots: Tensor  # (S,) where these go to, if anywhere
+
+    @classmethod
+    def of(cls, in_row: np.ndarray, in_pool: np.ndarray, slots: np.ndarray, device: torch.device) -> _Windows:
+        count, width = in_row.shape
+        there = in_row >= 0
+        in_pool = np.where(there, 0, in_pool)
+        numbers = [in_row.clip(0).ravel(), there.ravel(), in_pool.ravel(), slots]
+        rows, inside, stored, to = _to_device(device, np.int64, numbers)
+        anything_stored = bool((in_pool >= width).any())  # in a slot other than 0
+        return cls(
+            count,
+            width,
+            rows if there.any() else None,
+            None if there.all() else inside.bool()[:, None],
+            stored if anything_stored else None,
+            to,
+        )
+
+    def take(self, x: Tensor, pool: Tensor | None) -> Tensor | None:
+        """(S, width, C) out of x (1, L, C) and (slots + 1, width, C); None: all of them are zeros."""
+        shape = (self.sequences, self.width, x.shape[2])
+        if not self.width or not self.sequences:
+            return x.new_zeros(shape)
+        if self.rows is None:
+            if self.stored is None or pool is None:
+                return None
+            return pool.flatten(0, 1).index_select(0, self.stored).view(shape)
+        taken = x[0].index_select(0, self.rows)
+        if self.inside is not None:
+            if self.stored is None or pool is None:
+                taken = taken.masked_fill(~self.inside, 0.0)
+            else:
+                taken = torch.where(self.inside, taken, pool.flatten(0, 1).index_select(0, self.stored))
+        return taken.view(shape)
+
+
+def _to_device(device: torch.device, dtype: Any, arrays: list[np.ndarray]) -> list[Tensor]:
+    """Vectors on the device, in one copy that the host does not wait for."""
+    if not arrays:
+        return []
+    together = torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
+    if device.type == "cuda":
+        together = together.pin_memory()
+    return list(together.to(device, non_blocking=True).split([len(each) for each in arrays]))

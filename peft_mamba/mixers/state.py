@@ -96,26 +96,6 @@ def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width:
     return inputs.gather(2, columns[:, None, :].expand(-1, inputs.shape[1], -1))
 
 
-def state_after(
-    x: Tensor,
-    ssm: Tensor,
-    before: MixerState | None,
-    lengths: Tensor | None,
-    width: int,
-    sequences: PackedSequences | None,
-) -> MixerState:
-    """What is left after inputs x (B, L, C) of a convolution and this state of the scan; see `CachedMixer.mix`."""
-    inputs = None if before is None else before.conv
-    if sequences is None:
-        return MixerState(conv_window(x, inputs, lengths, width), ssm)
-    return MixerState(sequences.windows(x, inputs, width - 1), sequences.of_kept(ssm))
-
-
-def index_in_pool(sequences: PackedSequences | None, initial_state: MixerState | None) -> Tensor | None:
-    """(S,): where in the scan's initial states, all of a pool's, each sequence's is; None: they are no pool's."""
-    return None if sequences is None or initial_state is None else sequences.source
-
-
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least."""
     return -torch.exp(A_log.to(accumulator_dtype(A_log)))
@@ -213,7 +193,7 @@ class CachedMixer:
         if isinstance(attention_mask, PackedSequences):
             sequences, attention_mask = attention_mask, None
         if sequences is not None:
-            return self._mix_sequences(hidden_states, sequences)
+            return self.mix(hidden_states, sequences=sequences)[0]
         if isinstance(attention_mask, PackedRows):
             attention_mask, seq_idx, cu_seqlens = attention_mask
         if seq_idx is not None and seq_idx.shape != hidden_states.shape[:2]:
@@ -251,16 +231,6 @@ class CachedMixer:
         """Whether this forward only serves its own backward, so that nothing reads what it returns."""
         return runs_again() and not (self._forward_hooks or _global._global_forward_hooks)
 
-    def _mix_sequences(self, hidden_states: Tensor, sequences: PackedSequences) -> Tensor:
-        pool, source, target = sequences.pool, sequences.source, sequences.target
-        state = None
-        if pool is not None and source is not None:
-            state = MixerState(pool.conv(self.layer_idx, source), pool.ssm(self.layer_idx))
-        hidden_states, state = self.mix(hidden_states, initial_state=state, sequences=sequences)
-        if state is not None and pool is not None and target is not None:
-            pool.write(self.layer_idx, target, state.conv, state.ssm)
-        return hidden_states
-
     def mix(
         self,
         hidden_states: Tensor,
@@ -281,8 +251,7 @@ class CachedMixer:
             cu_seqlens: (S+1,) int32, beside seq_idx the bounds of all rows' documents, as of `laid_end_to_end`, without
                 states.
             return_final_state: False saves the work of it, and the second result is None.
-            sequences: of a batch of one row, in place of the four above. Of the initial state, conv has one entry for
-                each, ssm is all of the pool, which `source` is about; the final state has one entry for each that is
-                kept. Both are as a `StatePool` has them.
+            sequences: of a batch of one row, in place of all the above. Their states come and go through its pool, and
+                the second result is None.
         """
         raise NotImplementedError

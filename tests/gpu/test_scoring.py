@@ -116,7 +116,7 @@ def test_a_batch_does_not_wait_for_the_device(checkpoints, family):
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints[family]).cuda()
     use_mixers(model)
     pool = StatePool(model, 2)
-    packed = PackedSequences.of([30, 1, 50], pool, [1, 0, 2], [0, 1, 0])
+    packed = PackedSequences.of([30, 1, 50], pool, [1, 0, 0], [0, 1, 0], parent=[-1, -1, 1])
     row = torch.randint(1, 256, (1, 81), device="cuda")
 
     def forward():

@@ -45,14 +45,21 @@ def assert_same(actual, expected, rel=1e-5):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(family=st.sampled_from(FAMILIES), pairs=PAIRS, tokens=st.sampled_from([1, 7, 4096]), states=st.integers(0, 3))
-def test_scores_equal_those_of_the_hf_backend(backends, family, pairs, tokens, states):
+@given(
+    family=st.sampled_from(FAMILIES),
+    pairs=PAIRS,
+    tokens=st.sampled_from([1, 7, 4096]),
+    states=st.integers(0, 3),
+    within=st.sampled_from([0, 1, 100]),
+)
+def test_scores_equal_those_of_the_hf_backend(backends, family, pairs, tokens, states, within):
     """Duplicates, one a prefix of another, empty contexts, over-long ones, in any order, at any budget."""
     ours, theirs = backends[family]
     pairs = [*pairs, pairs[0], ("", pairs[0][1] + "a")]
     ours._budget = Budget(states * StatePool.bytes_per_state(ours.model), tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval_mamba.scoring.scorer.fork_cost", lambda model: 0)
+        patch.setattr(Budget, "within", lambda *args: within)
         actual = ours.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
         backwards = ours.loglikelihood(instances("loglikelihood", pairs[::-1]), disable_tqdm=True)
     # One at a time: of one text that is divided in two ways lm-eval's backend scores both as it scores the first.

@@ -110,6 +110,21 @@ def test_rows_of_a_batch_from_a_pool(module, family):
         getattr(module, name)(**inputs, initial_index=index)
 
 
+@pytest.mark.parametrize("module", [reference, chunked])
+@pytest.mark.parametrize("family", [("selective_scan", scan_inputs, (3, 2)), ("ssd", ssd_inputs, (4, 2))])
+def test_outputs_go_where_they_are_wanted_and_what_is_known_of_sequences_stays(module, family):
+    name, make, sizes = family
+    inputs = packed_inputs(make, [3, 0, 5], *sizes)
+    memo: dict = {}
+    with torch.no_grad():
+        expected, _ = getattr(reference, name)(**inputs, cu_seqlens=bounds([3, 0, 5]))
+        for _ in range(2):
+            out = torch.full_like(expected, torch.nan)
+            y, _ = getattr(module, name)(**inputs, cu_seqlens=bounds([3, 0, 5]), memo=memo, out=out)
+            assert y is out and relative_rms(out, expected) < 1e-12
+    assert len(memo) == (module is chunked)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=LENGTHS.filter(len),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,12 +57,12 @@ def test_a_causal_lm_takes_them_too_and_half_precision_keeps_the_states_in_float
     row = tokens(1, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(row[:, :8], attention_mask=PackedSequences.of([8], pool, target=[1]), use_cache=False)
-        conv, ssm = pool.conv(1, torch.tensor([1])), pool.ssm(1)[1]
+        conv, ssm = pool.conv(1)[1], pool.ssm(1)[1]
         logits = model(row[:, 8:], attention_mask=PackedSequences.of([4], pool, [1]), use_cache=False).logits
         expected = model(row).logits[:, 8:]
     assert conv.dtype == ssm.dtype == torch.float32 and conv.any() and ssm.any()
     assert relative_rms(logits, expected) < 0.02
-    assert not pool.conv(1, torch.tensor([0])).any() and not pool.ssm(1)[0].any()
+    assert not pool.conv(1)[0].any() and not pool.ssm(1)[0].any()
 
 
 def test_adapters_reach_packed_sequences():
@@ -82,51 +84,139 @@ def test_memory_of_a_state_is_what_the_pool_takes():
         model = tiny_model(family)
         use_mixers(model)
         pool = StatePool(model, 3)
-        taken = sum(pool.conv(n, torch.arange(1)).nbytes + pool.ssm(n)[0].nbytes for n in range(2))
+        taken = sum(pool.conv(n)[0].nbytes + pool.ssm(n)[0].nbytes for n in range(2))
         assert StatePool.bytes_per_state(model) == taken
 
 
-def test_a_slot_for_each_sequence():
+class Forest(NamedTuple):
+    """Sequences of a row as drawn, in the order that is asked for."""
+
+    lengths: list[int]
+    source: list[int]
+    target: list[int]
+    parent: list[int]
+
+    @classmethod
+    def draw(cls, data, shortest=0, slots=2):
+        """Sources are slots up to `slots`; targets are these too, and further ones; without slots there are none."""
+        count = data.draw(st.integers(1, 8), "sequences")
+        parent = [data.draw(st.integers(-1, s - 1)) for s in range(count)]
+        depth: list[int] = []
+        for above in parent:
+            depth.append(0 if above < 0 else depth[above] + 1)
+        kept = [slots > 0 and data.draw(st.booleans()) for _ in range(count)]
+        order = list(range(count))
+        if max(depth):
+            order.sort(key=lambda s: (depth[s], s in parent or kept[s]))
+        place = {s: i for i, s in enumerate(order)}
+        target = [sum(kept[o] for o in order[: i + 1]) if kept[s] else 0 for i, s in enumerate(order)]
+        return cls(
+            [data.draw(st.integers(shortest, 6)) for _ in order],
+            [0 if parent[s] >= 0 else data.draw(st.integers(0, slots)) for s in order],
+            target,
+            [place.get(parent[s], -1) for s in order],
+        )
+
+    def joined(self, pieces, before):
+        """Each with all that comes before it: `before` has what led to each slot."""
+        whole: list[torch.Tensor] = []
+        for s, piece in enumerate(pieces):
+            earlier = whole[self.parent[s]] if self.parent[s] >= 0 else before[self.source[s]]
+            whole.append(torch.cat([earlier, piece]))
+        return whole
+
+
+@settings(max_examples=40, deadline=None)
+@given(family=st.sampled_from(["mamba", "mamba2"]), grad=st.booleans(), data=st.data())
+def test_forks_within_a_row(family, grad, data):
+    """Sequences that go on from others of the row, or from slots, some of which are written to once all are read."""
+    model = tiny_model(family)
+    use_mixers(model)
+    forest = Forest.draw(data, shortest=1)
+    pool = StatePool(model, 10)
+    before = [tokens(1, n, seed=n)[0] for n in (0, 2, 7)]
+    hidden_states(model, before, PackedSequences.of([0, 2, 7], pool, target=[0, 1, 2]))
+    pieces = [tokens(1, n, seed=30 + s)[0] for s, n in enumerate(forest.lengths)]
+    packed = PackedSequences.of(forest.lengths, pool, forest.source, forest.target, forest.parent)
+    with torch.set_grad_enabled(grad):
+        row = model.backbone(torch.cat(pieces)[None], attention_mask=packed, use_cache=False)[0][0].detach()
+    joined = forest.joined(pieces, before)
+    for actual, piece, whole in zip(row.split(forest.lengths), pieces, joined, strict=True):
+        with torch.no_grad():
+            assert relative_rms(actual, model.backbone(whole[None])[0][0, -len(piece) :]) < 1e-5
+    further = tokens(1, 3, seed=99)[0]
+    for slot, whole in zip(forest.target, joined, strict=True):
+        if slot:
+            resumed = hidden_states(model, [further], PackedSequences.of([3], pool, [slot]))
+            with torch.no_grad():
+                expected = model.backbone(torch.cat([whole, further])[None])[0][0, -3:]
+            assert relative_rms(resumed, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"source": [0]}, "source has 1 entries for 2 sequences"),
+        ({"parent": [1, -1]}, "a parent is behind its child"),
+        ({"parent": [-1, 0], "source": [0, 1]}, "Sequence 1 goes on from a sequence and from a slot"),
+        ({"source": [1, 0], "pool": None}, "slots of a pool; there is none"),
+        ({"lengths": [1] * 5, "parent": [-1, 0, -1, 0, 2]}, "sort them by how many they have"),
+    ],
+)
+def test_sequences_that_do_not_fit_together_are_refused(wrong, message):
     model = tiny_model("mamba")
     use_mixers(model)
-    with pytest.raises(ValueError, match="source has 1 slots for 2 sequences"):
-        PackedSequences.of([1, 2], StatePool(model, 1), [0])
+    with pytest.raises(ValueError, match=message):
+        PackedSequences.of(**{"lengths": [1, 2], "pool": StatePool(model, 1)} | wrong)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6),
-    width=st.integers(0, 4),
-    going_on=st.booleans(),
-    known=st.booleans(),
-    data=st.data(),
-)
-def test_windows_are_the_last_inputs_of_the_sequences_that_are_kept(lengths, width, going_on, known, data):
-    kept = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, sum(lengths), 3, generator=generator)
-    before = torch.randn(len(lengths), 3, width, generator=generator) if going_on else None
-    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    shortest = min(lengths[s] for s in kept) if known else 0
-    packed = PackedSequences(bounds, None, None, torch.tensor(kept), torch.tensor(kept) + 1, shortest)
-    windows = packed.windows(x, before, width)
-    assert windows.shape == (len(kept), 3, width)
-    for s, window in zip(kept, windows, strict=True):
-        earlier = before[s] if going_on else torch.zeros(3, width)
-        inputs = torch.cat([earlier, x[0, bounds[s] : bounds[s + 1]].T], dim=1)
-        assert torch.equal(window, inputs[:, inputs.shape[1] - width :])
-    states = torch.randn(len(lengths), 2, generator=generator)
-    assert torch.equal(packed.of_kept(states), states[kept])
+class Pool:
+    """Inputs of a convolution in slots."""
+
+    device = "cpu"
+
+    def __init__(self, width, slots):
+        self.inputs = torch.randn(slots + 1, width, 3)
+        self.inputs[0] = 0
+
+    def conv(self, layer):
+        return self.inputs
+
+
+@settings(max_examples=100, deadline=None)
+@given(width=st.integers(0, 4), pooled=st.booleans(), data=st.data())
+def test_windows_are_the_last_inputs_before_a_sequence_and_in_it(width, pooled, data):
+    torch.manual_seed(0)
+    forest = Forest.draw(data, slots=2 if pooled else 0)
+    pool = Pool(width, 10) if pooled else None
+    packed = PackedSequences.of(forest.lengths, pool, forest.source, forest.target, forest.parent)
+    x = torch.randn(1, sum(forest.lengths), 3)
+    slots = [torch.zeros(width, 3)] if pool is None else list(pool.inputs.clone())
+    whole = forest.joined(x[0].split(forest.lengths), slots)
+    before = packed.inputs_before(x, 0, width)
+    for s, length in enumerate(forest.lengths):
+        earlier = whole[s][: len(whole[s]) - length]
+        expected = earlier[len(earlier) - width :]
+        assert torch.equal(torch.zeros(width, 3) if before is None else before[s], expected)
+    packed.keep_inputs(x, 0, width)
+    if pool is not None:
+        for slot, inputs in zip(forest.target, whole, strict=True):
+            assert not slot or torch.equal(pool.inputs[slot], inputs[len(inputs) - width :])
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_what_depends_on_the_batch_alone_is_found_out_once(family, monkeypatch):
     model = tiny_model(family, num_hidden_layers=3)
     use_mixers(model)
-    calls, find = [], sequences._Ends.of
-    monkeypatch.setattr(sequences._Ends, "of", lambda *args: (calls.append(args[1]), find(*args))[1])
+    calls, find = [], sequences._OnHost.windows
+    monkeypatch.setattr(sequences._OnHost, "windows", lambda *args: (calls.append(args[1]), find(*args))[1])
     pool = StatePool(model, 2)
-    hidden_states(model, [tokens(1, 7)[0]], PackedSequences.of([2, 5], pool, target=[1, 2]))
-    hidden_states(model, [tokens(1, 7)[0]], PackedSequences.of([2, 5], pool, [1, 2], [1, 2]))
-    hidden_states(model, [tokens(1, 7)[0]], PackedSequences.of([2, 5], pool, [1, 2]))
-    assert calls == [model.config.conv_kernel - 1] * 2
+    for packed in (
+        PackedSequences.of([2, 5], pool, target=[1, 2]),
+        PackedSequences.of([2, 5], pool, [1, 2], [1, 2]),
+        PackedSequences.of([2, 5], pool, [1, 0], parent=[-1, 0]),
+    ):
+        hidden_states(model, [tokens(1, 7)[0]], packed)
+        assert calls == [model.config.conv_kernel - 1]
+        assert all(part.memo for part in packed.parts)
+        calls.clear()

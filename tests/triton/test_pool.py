@@ -58,7 +58,9 @@ def test_states_are_read_where_they_lie(operation, device):
         with torch.no_grad(), poisoned(), pytest.MonkeyPatch.context() as patch:
             expected = scan(**inputs, initial_state=pool[where])
             patch.setattr(common, "gathered", None)
-            actual = scan(**inputs, initial_state=pool, initial_index=where)
+            out = torch.empty_like(expected[0])
+            actual = scan(**inputs, initial_state=pool, initial_index=where, out=out)
+        assert actual[0] is out
         assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
     check()
@@ -92,7 +94,9 @@ def test_rows_of_a_batch_and_single_tokens_too(operation, device):
         pool = torch.randn(2, *shape, device=device)
         with torch.no_grad():
             expected = scan(**inputs, initial_state=pool[where])
-            actual = scan(**inputs, initial_state=pool, initial_index=where)
+            out = torch.full_like(expected[0], torch.nan)
+            actual = scan(**inputs, initial_state=pool, initial_index=where, out=out)
+        assert actual[0] is out
         assert actual[0].shape[:2] == (3, length)
         assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
-from ..reference import Tensor, check_packed, first_of_document
+from ..reference import Tensor, check_packed, first_of_document, put
 from .common import BY_PTX, cdiv, readable
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
@@ -64,6 +64,8 @@ def selective_scan(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    memo: dict | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.selective_scan`; first derivatives only.
 
@@ -80,22 +82,26 @@ def selective_scan(
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
+            memo=memo,
+            out=out,
         )
     if is_step(u, cu_seqlens, delta, A, B, C, D, z, delta_bias, initial_state):
-        return selective_step(
+        y, final_state = selective_step(
             *(u, delta, A, B, C, D, z, delta_bias),
             initial_state=initial_state,
             lengths=lengths,
             return_final_state=return_final_state,
         )
+        return put(y, out), final_state
     if cu_seqlens is not None:
         check_packed(u, cu_seqlens, initial_state if initial_index is None else initial_index, lengths, seq_idx)
     starts = first_of_document(seq_idx)
     resets = None if starts is None else starts.to(torch.uint8)
     given = u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
     if torch.is_grad_enabled():
-        return _SelectiveScan.apply(*given)
-    scan = _forward(*given, initial_index=initial_index)
+        y, final_state = _SelectiveScan.apply(*given)
+        return put(y, out), final_state
+    scan = _forward(*given, initial_index=initial_index, out=out)
     return scan.y, scan.final_state
 
 
@@ -234,7 +240,7 @@ class _Scan(NamedTuple):
 
 def _forward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final,
-    *, initial_index=None, save=False,
+    *, initial_index=None, out=None, save=False,
 ) -> _Scan:  # fmt: skip
     layout = _Layout.of(u, A.shape[1], cu_seqlens)
     u, delta, z = _rows(u), _rows(delta), _rows(z)
@@ -251,7 +257,7 @@ def _forward(
         "lengths": lengths,
         "cu_seqlens": cu_seqlens,
     }
-    y = u.new_empty(u.shape)
+    y = u.new_empty(u.shape) if out is None else out
     checkpoints = layout.new_scratch(u, layout.checkpoints) if save else None
     h0 = None if initial_state is None else initial_state.float().contiguous()
     last = layout.new_states(u, layout.sequences * layout.segments) if want_final else None

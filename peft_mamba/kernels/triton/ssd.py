@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
-from ..reference import check_packed
+from ..reference import check_packed, kept_in, put
 from . import ssd_backward, ssd_chunks, ssd_forward
 from .common import Tensor, cdiv, interpreted, next_power_of_2, readable, row_strides
 from .step import is_step, ssd_step
@@ -135,14 +135,15 @@ class _Plan(NamedTuple):
         """Whose each slot is; `memo` keeps it for all calls that cut these sequences into such chunks."""
         if cu_seqlens is None:
             return None
-        memo = {} if memo is None else memo
-        key = "chunk_table", self.described["Q"], self.slots
-        if key not in memo:
-            memo[key] = torch.empty(self.slots, dtype=torch.int32, device=cu_seqlens.device)
+
+        def make() -> Tensor:
+            table = torch.empty(self.slots, dtype=torch.int32, device=cu_seqlens.device)
             ssd_chunks.chunk_table[(self.sequences,)](
-                *(cu_seqlens, memo[key], self.sequences, self.slots), Q=self.described["Q"], num_warps=1
+                *(cu_seqlens, table, self.sequences, self.slots), Q=self.described["Q"], num_warps=1
             )
-        return memo[key]
+            return table
+
+        return kept_in(memo, ("chunk_table", self.described["Q"], self.slots), make)
 
 
 class _Steps(NamedTuple):
@@ -193,10 +194,11 @@ def _states(plan: _Plan, steps: _Steps, x, B, initial_state, initial_index, cu_s
 
 
 def _forward(
-    x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state, initial_index=None, memo=None
-):
+    x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state,
+    *, initial_index=None, memo=None, out=None,
+):  # fmt: skip
     plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
     final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
     with torch.cuda.device_of(x):
@@ -302,6 +304,7 @@ def ssd(
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
     memo: dict | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.ssd`; float64, empty inputs and heads wider than MAX_HEAD_SIZE go to `chunked`.
 
@@ -318,14 +321,17 @@ def ssd(
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             return_final_state=return_final_state,
+            memo=memo,
+            out=out,
         )
     if is_step(x, cu_seqlens, dt, A, B, C, D, initial_state):
-        return ssd_step(
+        y, final_state = ssd_step(
             *(x, dt, A, B, C, D),
             initial_state=initial_state,
             lengths=lengths,
             return_final_state=return_final_state,
         )
+        return put(y, out), final_state
     if cu_seqlens is not None:
         check_packed(x, cu_seqlens, initial_state if initial_index is None else initial_index, lengths, seq_idx)
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
@@ -343,5 +349,6 @@ def ssd(
         return_final_state,
     )
     if torch.is_grad_enabled():
-        return _SSD.apply(*given)
-    return _forward(*given, initial_index, memo)
+        y, final_state = _SSD.apply(*given)
+        return put(y, out), final_state
+    return _forward(*given, initial_index=initial_index, memo=memo, out=out)
