@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_mamba.mixers import PackedSequences, StatePool
-from peft_mamba.mixers.block import last_hidden_state
+from peft_mamba.mixers.packing import last_hidden_state
 from peft_mamba.mixers.projection import project
 
 from .schedule import Batch
@@ -74,7 +74,7 @@ class SequenceRunner:
 
     def hidden_states(self, tokens: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         """(L, hidden_size) for tokens (L,) of these sequences."""
-        return last_hidden_state(self.model.backbone, tokens[None], attention_mask=packed)[0]
+        return last_hidden_state(self.model.backbone, tokens[None], packed)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 (positions, vocabulary), as the model's own forward computes them."""

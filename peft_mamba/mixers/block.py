@@ -93,7 +93,7 @@ class Block:
 
         Args:
             hidden_states, added: (B, L, hidden_size) each; added is None where there is one term alone.
-            checkpoints: where the result goes if it is one; None: to memory of its own.
+            checkpoints: memory of the stack's, if this is a checkpoint and not the last one; None: it takes its own.
         """
 
         def run(hidden_states: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ class Block:
         level = self.level(cache_params)
         if level == "block":
             parameters = [each for each in self.parameters() if each.requires_grad]
-            add = torch.add if checkpoints is None else checkpoints.add
-            return checkpointed(run, _summed(hidden_states, added), parameters, draws=self.draws(), add=add), None
+            x = _summed(hidden_states, added)
+            return checkpointed(run, x, parameters, draws=self.draws(), memory=checkpoints), None
         if level == "mixer" and not in_other_hands():
             with Remakes().collecting():
                 return run(hidden_states, added)
@@ -188,18 +188,6 @@ def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor
         else:
             hidden_states, added = block(_summed(hidden_states, added), **kwargs), None
     return _summed(hidden_states, added)
-
-
-def last_hidden_state(backbone: Any, input_ids: Tensor, **kwargs) -> Tensor:
-    """(B, L, hidden_size): a backbone's embeddings, blocks and last norm, whose sums the norms make.
-
-    For forwards that need nothing else of what a backbone's own does, and no hook on it.
-
-    Args:
-        input_ids: (B, L).
-        kwargs: of every block.
-    """
-    return backbone.norm_f(run_blocks(backbone.layers, backbone.embeddings(input_ids), **kwargs))
 
 
 # transformers' class to ours.

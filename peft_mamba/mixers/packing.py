@@ -19,6 +19,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
+from .block import run_blocks
 from .sequences import PackedSequences
 from .state import CachedMixer, PackedRows, laid_end_to_end
 
@@ -66,6 +67,20 @@ def hook_models(model: nn.Module) -> None:
         hook = _spread if isinstance(module, modeling_mamba2.Mamba2Model) else _gather
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def last_hidden_state(backbone: Any, input_ids: Tensor, mask: PackedSequences) -> Tensor:
+    """What a backbone returns, (B, L, hidden_size), whose sums are made by the norms that follow, in one kernel.
+
+    A backbone that others have put hooks on is called as the module it is.
+
+    Args:
+        input_ids: (B, L).
+    """
+    ours = (_gather, _spread)
+    if backbone._forward_hooks or any(hook not in ours for hook in backbone._forward_pre_hooks.values()):
+        return backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+    return backbone.norm_f(run_blocks(backbone.layers, backbone.embeddings(input_ids), attention_mask=mask))
 
 
 def _mixers(model: nn.Module) -> list[nn.Module]:

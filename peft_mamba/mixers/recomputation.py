@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..kernels.room import Rooms
+
 Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def checkpointed(
     parameters: Iterable[Tensor],
     *,
     draws: bool,
-    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
+    memory: Checkpoints | None = None,
 ) -> Tensor:
     """The sum of both results of `run(x)`, keeping x alone for backward.
 
@@ -122,16 +124,16 @@ def checkpointed(
         run: asks `runs_again` whether its results are still wanted.
         parameters: all tensors that get a gradient through `run`, beside x.
         draws: whether it draws random numbers, which are then the same the second time.
-        add: makes the sum.
+        memory: for the sum, and for what `run` makes; None: of their own.
     """
-    return _Checkpointed.apply(run, draws, add, x, *parameters)
+    return _Checkpointed.apply(run, draws, memory, x, *parameters)
 
 
 class Checkpoints:
-    """Memory for what a stack of checkpoints keeps, in one piece.
+    """Memory of a stack of checkpoints: for what they keep, in one piece, and for what has room (`kernels.room`).
 
     One by one they would take the places of what earlier layers have let go of; where sizes differ a little the pieces
-    of an allocator fit the next layer's tensors no more, and each layer takes new ones.
+    of an allocator fit the next layer's tensors no more, and each layer takes new ones. No two of them may run at once.
 
     Args:
         count: of tensors like `x`.
@@ -141,6 +143,11 @@ class Checkpoints:
     def __init__(self, count: int, x: Tensor, dtype: torch.dtype) -> None:
         self._left = iter(x.new_empty(count, x.numel(), dtype=dtype))
         self._shape, self._dtype = x.shape, dtype
+        self._rooms = Rooms()
+
+    def stretch(self) -> contextlib.AbstractContextManager:
+        """Around a forward of one of them, whose tensors are gone when the next one begins."""
+        return self._rooms.stretch()
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b, in this memory as long as there is some."""
@@ -155,12 +162,14 @@ class Checkpoints:
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, draws, add, x, *parameters):
+    def forward(ctx, run, draws, memory, x, *parameters):
         ctx.save_for_backward(x, *parameters)
         ctx.run, ctx.autocast = run, autocast_like_now(x.device.type)
         ctx.random = _RandomState(x) if draws else None
-        residual, mixed = run(x)
-        return add(residual, mixed)
+        ctx.memory = memory
+        with contextlib.nullcontext() if memory is None else memory.stretch():
+            residual, mixed = run(x)
+        return residual + mixed if memory is None else memory.add(residual, mixed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -168,7 +177,8 @@ class _Checkpointed(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         x = x.detach().requires_grad_(ctx.needs_input_grad[3])
         random = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
-        with torch.enable_grad(), ctx.autocast(), random, _running_again():
+        rooms = contextlib.nullcontext() if ctx.memory is None else ctx.memory.stretch()
+        with torch.enable_grad(), ctx.autocast(), random, rooms, _running_again():
             results = [result for result in ctx.run(x) if result.requires_grad]
         inputs = [each for each in (x, *parameters) if each.requires_grad]
         gradients = iter(
