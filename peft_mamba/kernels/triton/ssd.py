@@ -180,13 +180,16 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _states(plan: _Plan, steps: _Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state) -> None:
+def _states(
+    plan: _Plan, steps: _Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct=False
+) -> None:
     constants, tiles = plan.state_tiles()
     ssd_forward.states[(plan.sequences * plan.heads * tiles,)](
         *(x, B, steps.step, steps.out, steps.through, initial_state, initial_index, cu_seqlens, h, final_state),
         *(*plan.sizes, *_strides(x), *_strides(B)),
         HAS_INITIAL=initial_state is not None,
         INDEXED=initial_index is not None,
+        DIRECT=direct,
         WITH_FINAL=final_state is not None,
         **constants,
         **plan.launch("states"),
@@ -204,12 +207,18 @@ def _forward(
     with torch.cuda.device_of(x):
         h, table = plan.states(x), plan.table(cu_seqlens, memo)
         steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
-        _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state)
+        # Of many short sequences the first chunk is all there is: its state is not worth a copy.
+        direct = cu_seqlens is not None
+        _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct)
         block_heads, blocks = plan.heads_and_blocks(OUTPUT_HEADS)
         ssd_forward.outputs[(plan.slots * plan.groups * blocks,)](
-            *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents, cu_seqlens, table, h, y),
+            *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents),
+            *(initial_state, initial_index, cu_seqlens, table, h, y),
             *(*plan.sizes, block_heads, blocks, *_strides(x), *_strides(B), *_strides(C)),
             HAS_D=D is not None,
+            HAS_INITIAL=initial_state is not None,
+            INDEXED=initial_index is not None,
+            DIRECT=direct,
             **plan.only("HAS_SEQ_IDX"),
             **plan.constants,
             **plan.launch("outputs"),

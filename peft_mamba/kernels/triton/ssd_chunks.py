@@ -51,13 +51,21 @@ def sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED: tl.constexpr, 
 @triton.jit
 def slot_bounds(slot, cu_seqlens, table, length, chunks, PACKED: tl.constexpr, Q: tl.constexpr):
     """(row, first token, end of the sequence) of a slot; an empty one does not end behind its first token."""
+    row, first, stop, _, _ = slot_of_sequence(slot, cu_seqlens, table, length, chunks, PACKED, Q)
+    return row, first, stop
+
+
+@triton.jit
+def slot_of_sequence(slot, cu_seqlens, table, length, chunks, PACKED: tl.constexpr, Q: tl.constexpr):
+    """`slot_bounds`, the sequence, and the number of this chunk in it."""
     if PACKED:
         sequence = tl.load(table + slot)
         begin = tl.load(cu_seqlens + sequence)
         stop = tl.load(cu_seqlens + sequence + 1)
-        return (slot * 0).to(tl.int64), begin + (slot - begin // Q - sequence) * Q, stop
+        chunk = slot - begin // Q - sequence
+        return (slot * 0).to(tl.int64), begin + chunk * Q, stop, sequence, chunk
     else:
-        return (slot // chunks).to(tl.int64), (slot % chunks) * Q, length
+        return (slot // chunks).to(tl.int64), (slot % chunks) * Q, length, slot // chunks, slot % chunks
 
 
 @triton.jit
