@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from peft_mamba import kernels as mamba_kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
 from peft_mamba.mixers import mixers_of, use_mixers
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
+from peft_mamba.precast import PrecastError, precast_frozen_weights
 from peft_mamba.precision import Precision, PrecisionError
 from peft_mamba.provenance import versions
 
@@ -61,6 +62,9 @@ class MambaAMP(PrefixTreeLM):
             (embedded; the default is `mini`), or a loaded `PreTrainedModel`.
         dtype: fp32 (default), fp16 or bf16: fp32 weights, autocast to this dtype, log-probabilities in fp32.
         weights_dtype: cast the weights to this dtype and use no autocast. Not together with `dtype`.
+        precast: True keeps the weights of the mixers' linear layers on the device in `dtype` alone, as autocast casts
+            them, and the fp32 ones in host memory (`peft_mamba.precast_frozen_weights`): the same scores, in about
+            half the memory once the model is loaded. With dtype=fp16 or bf16, for checkpoints given by name.
         tokenizer: hub id, local directory or tokenizer; default the checkpoint's own, and GPT-NeoX's for checkpoints in
             the original format that have none.
         peft: local directory or hub id of a PEFT adapter; applied in full or refused.
@@ -77,8 +81,8 @@ class MambaAMP(PrefixTreeLM):
         **kwargs: everything else that lm-eval's `hf` backend takes (`batch_size`, `max_length`, …).
 
     Raises:
-        PrecisionError, CheckpointError, AdapterError, KernelError, ValueError: before a model is loaded, as far as the
-            files tell.
+        PrecisionError, PrecastError, CheckpointError, AdapterError, KernelError, ValueError: before a model is loaded,
+            as far as the files tell.
         NonFiniteError: during scoring, when a log-probability is NaN; names the first layer that produced it.
     """
 
@@ -103,6 +107,7 @@ class MambaAMP(PrefixTreeLM):
         state_budget: str | int | None = None,
         batch_tokens: int | None = None,
         kernels: str | None = None,
+        precast: bool = False,
         **kwargs: Any,
     ) -> None:
         self._set_scoring(scoring, state_budget, batch_tokens)
@@ -110,6 +115,9 @@ class MambaAMP(PrefixTreeLM):
             if kwargs.get(name):
                 raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
         self.precision = Precision.parse(dtype, weights_dtype)
+        self._precast = ExitStack() if precast else None
+        if precast:
+            self._check_precast(pretrained, precisions or reference)
         self._kernels = kernels
         if kernels is not None:
             where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,6 +165,9 @@ class MambaAMP(PrefixTreeLM):
         # HFLM learns its rank only where a machine has several CUDA devices; this covers CPUs and one GPU a process.
         if self.world_size == 1 and getattr(self, "accelerator", None) is not None:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self._precast is not None:
+            self._model.requires_grad_(False)
+            self._precast.enter_context(precast_frozen_weights(self._model, self.precision.name))
         scorers.add(self)
         plain = self._plain_because()
         if self.world_size > 1 and plain is None:
@@ -165,6 +176,20 @@ class MambaAMP(PrefixTreeLM):
             logger.info("requests %s", "share their prefixes" if plain is None else f"stand alone ({plain})")
             logger.info("precision %s", self.precision)
             logger.info("kernels %(kernels)s (%(reason)s)", self.kernel_path)
+
+    def _check_precast(self, pretrained: Any, precisions: Any) -> None:
+        why = None
+        if self.precision.autocast is None:
+            why = f"{self.precision.name} casts no weights in autocast. Give dtype=bf16 or fp16, or leave precast out"
+        elif precisions:
+            why = "tasks in several precisions need the fp32 weights. Leave precast out"
+        elif not isinstance(pretrained, str | None):
+            why = (
+                "the model given as pretrained is yours. Put peft_mamba.precast_frozen_weights(model, dtype) around "
+                "the evaluation, which gives the weights back at its end"
+            )
+        if why is not None:
+            raise PrecastError(f"precast=True: {why}.")
 
     @property
     def kernel_path(self) -> dict[str, str]:
@@ -368,6 +393,8 @@ class MambaAMP(PrefixTreeLM):
             self.precision, self.mixed_precision_dtype = own
 
     def _check_fp32_weights(self) -> None:
+        if self._precast is not None:
+            raise PrecastError("precast=True: these tasks are scored in several precisions. Leave precast out.")
         if self.precision.weights != torch.float32:
             raise PrecisionError(
                 f"{self.precision.name}: a divergence is one of fp32 weights under autocast, and these weights are "
@@ -409,6 +436,7 @@ class MambaAMP(PrefixTreeLM):
         """lm-eval's model information and what this backend decided; goes into the results file's `config`."""
         return super().get_model_info() | {
             "precision": self.precision.as_dict(),
+            "precast": self._precast is not None,
             "scored_by_precision": {name: precision.as_dict() for name, precision in self._scored.items()} or None,
             "kernel_path": self.kernel_path,
             "checkpoint": checkpoints.describe(self.model),

@@ -14,11 +14,12 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_mamba.backend import MambaAMP
-from peft_mamba import KernelError, kernels
+from peft_mamba import KernelError, MambaLoraConfig, kernels
 from peft_mamba.adapter_io import AdapterError
 from peft_mamba.checkpoints import CheckpointError
 from peft_mamba.mixers import Mamba2Mixer, MambaMixer
 from peft_mamba.nonfinite import NonFiniteError
+from peft_mamba.precast import PrecastError
 from peft_mamba.precision import PrecisionError
 
 FAMILIES = ["mamba", "mamba2", "gpt_neox"]
@@ -134,6 +135,58 @@ def test_kernels_can_be_named(tiny):
     for wrong, said in (("nonsense", "'nonsense'"), ("mamba_ssm", "runs on cuda, not on cpu")):
         with pytest.raises(KernelError, match=said):
             MambaAMP(pretrained="there/is-no-such-model", kernels=wrong, device="cpu")
+
+
+@pytest.mark.parametrize("scoring", ["tree", "plain"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_precast_weights_give_the_same_scores(tiny, family, dtype, scoring):
+    usual, precast = (load(MambaAMP, tiny[family], dtype=dtype, scoring=scoring, precast=on) for on in (False, True))
+    cast = [each for each in precast.model.parameters() if each.dtype != torch.float32]
+    assert len(cast) >= 4 and {each.dtype for each in cast} == {precast.precision.autocast}
+    asked = requests("loglikelihood", PAIRS)
+    assert precast.loglikelihood(asked) == usual.loglikelihood(asked)
+    generate = requests("generate_until", [("The cat", {"until": ["."], "max_gen_toks": 4, "do_sample": False})])
+    assert precast.generate_until(generate) == usual.generate_until(generate)
+    assert precast.get_model_info()["precast"] is True and usual.get_model_info()["precast"] is False
+
+
+def test_precast_with_an_adapter_of_which_nothing_is_cast(tiny, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny["mamba"])
+    adapted = peft.get_peft_model(base, MambaLoraConfig(preset="sll", r=4, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    usual, precast = (
+        load(MambaAMP, tiny["mamba"], dtype="bf16", peft=str(tmp_path), precast=on) for on in (False, True)
+    )
+    held = [name for name, each in precast.model.named_parameters() if each.dtype == torch.bfloat16]
+    assert held and not any("lora_" in name for name in held)
+    asked = requests("loglikelihood", PAIRS)
+    assert precast.loglikelihood(asked) == usual.loglikelihood(asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "fp32 casts no weights in autocast. Give dtype=bf16 or fp16"),
+        ({"weights_dtype": "bf16"}, "casts no weights in autocast"),
+        ({"dtype": "bf16", "precisions": "fp32+bf16"}, "tasks in several precisions need the fp32 weights"),
+    ],
+)
+def test_precast_is_refused_where_it_means_nothing_before_a_model_is_loaded(arguments, message):
+    with pytest.raises(PrecastError, match=message):
+        MambaAMP(pretrained="there/is-no-such-model", precast=True, device="cpu", **arguments)
+
+
+def test_precast_takes_no_model_of_yours_and_no_tasks_in_several_precisions(tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny["mamba"])
+    with pytest.raises(PrecastError, match="Put peft_mamba.precast_frozen_weights"):
+        MambaAMP(pretrained=model, dtype="bf16", precast=True, device="cpu")
+    lm = load(MambaAMP, tiny["mamba"], dtype="bf16", precast=True)
+    options = {"precisions": ["fp32", "bf16"], "rebatched": False}
+    with pytest.raises(PrecastError, match="scored in several precisions. Leave precast out"):
+        lm.loglikelihood_by_precision(requests("loglikelihood_by_precision", [("a", " b", options)]))
+    with pytest.raises(PrecastError, match="no mixer of ours"):
+        load(MambaAMP, tiny["gpt_neox"], dtype="bf16", precast=True)
 
 
 def test_a_loaded_model_is_taken_in_its_own_dtype_only(tiny):
