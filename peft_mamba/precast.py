@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
@@ -72,6 +73,11 @@ def precast_frozen_weights(model: nn.Module, dtype: str | torch.dtype) -> Iterat
     try:
         for name, layer in layers.items():
             held.append(_Precast(name, layer, precision.autocast))
+        # All originals have left the device before the first cast weight comes: one by one, each would take a part of
+        # the memory that the original of another has left, and no other would fit into the rest.
+        clear_device_cache()
+        for each in held:
+            each.place()
         logger.info("%d frozen weights are held in %s%s", len(held), precision.name, others and f"; {others}")
         yield len(held)
         if written := [each.name for each in held if each.written()]:
@@ -103,14 +109,21 @@ class _Precast:
         layer = _base(adapted)
         self.name, self.parameter = name, layer.weight
         self._layer, self._dtype, self._original = layer, dtype, layer.weight.data.cpu()
+        self._device: torch.device | None = self.parameter.device  # until it is there again
         self.columns = columns_for(adapted, self.parameter, dtype)  # free ones behind the weight's, see `kernels.room`
-        cast = with_room(self.parameter.shape, self.columns, dtype, self.parameter.device)
-        self.parameter.data = cast.copy_(self.parameter.data)
+        self.parameter.data = self._original.to(dtype)
         vars(layer)[PRECAST] = self
         self._hooks = (
             layer.register_state_dict_post_hook(functools.partial(self._give_original)),  # torch sets attributes on it
             layer.register_load_state_dict_pre_hook(self._refuse_loading),
         )
+
+    def place(self) -> None:
+        """Put the cast weight on the device, which it comes to from host memory."""
+        assert self._device is not None
+        cast = with_room(self.parameter.shape, self.columns, self._dtype, self._device)
+        self.parameter.data = cast.copy_(self.parameter.data)
+        self._device = None
 
     def check(self, device: str) -> None:
         """Raises PrecastError unless the weight is computed with as what it is held for."""
@@ -133,7 +146,8 @@ class _Precast:
 
     def give_back(self) -> torch.device:
         """Let the parameter have its original, in host memory; the device where it was."""
-        device, self.parameter.data = self.parameter.device, self._original
+        device = self._device or self.parameter.device
+        self.parameter.data = self._original
         for hook in self._hooks:
             hook.remove()
         del vars(self._layer)[PRECAST]

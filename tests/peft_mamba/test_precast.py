@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from peft_mamba import PrecastError, precast_frozen_weights, use_mixers
+from peft_mamba import PrecastError, precast, precast_frozen_weights, use_mixers
 from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.precast import precastable
@@ -153,23 +153,35 @@ def test_what_fails_inside_leaves_the_weights_as_they_were():
     assert not half(model)
 
 
-def test_memory_that_runs_out_halfway_leaves_the_weights_as_they_were(monkeypatch):
+@pytest.mark.parametrize(("where", "name"), [(torch.Tensor, "cpu"), (precast, "with_room")], ids=["host", "device"])
+def test_memory_that_runs_out_halfway_leaves_the_weights_as_they_were(where, name, monkeypatch):
     model = trained("mamba", "sll")
     before = [(each.clone(), each.data_ptr()) for each in model.parameters()]
-    cpu, calls = torch.Tensor.cpu, []
+    calls, take = [], getattr(where, name)
 
-    def full(tensor):
-        calls.append(tensor)
+    def full(*args):
+        calls.append(args)
         if len(calls) == 3:
             raise torch.OutOfMemoryError
-        return cpu(tensor)
+        return take(*args)
 
-    monkeypatch.setattr(torch.Tensor, "cpu", full)
+    monkeypatch.setattr(where, name, full)
     with pytest.raises(torch.OutOfMemoryError), precast_frozen_weights(model, "bf16"):
         pytest.fail("entered")
     for parameter, (value, address) in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value) and parameter.data_ptr() == address
     assert hooks(model) == (0, 0)
+
+
+def test_all_originals_have_left_the_device_before_a_cast_weight_comes(monkeypatch):
+    """In their places, it would lie with room between."""
+    model = trained("mamba2", "sll")
+    weights = precastable(model)
+    left, take = [], precast.with_room
+    watched = lambda *args: (left.append([each.dtype for each in weights]), take(*args))[1]  # noqa: E731
+    monkeypatch.setattr(precast, "with_room", watched)
+    with precast_frozen_weights(model, "bf16"):
+        assert left == [[torch.bfloat16] * len(weights)] * len(weights)
 
 
 EXCLUDED = {
