@@ -12,9 +12,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from peft_mamba.frozen import frozen_weights
 from peft_mamba.mixers import PackedSequences, StatePool
+from peft_mamba.mixers.row_layout import to_device
 
 from .budget import Budget, fork_cost
-from .runner import SequenceRunner, sequences_of, to_device
+from .runner import SequenceRunner, sequences_of
 from .schedule import batches
 from .scorer import NaNScore
 from .tree import PrefixTree
@@ -93,9 +94,8 @@ class GreedyGenerator:
             ends = np.flatnonzero(own_slot[batch.segments])
             bounds = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
             self.tokens_run += int(bounds[-1])
-            tokens_, last_, leaf_ = to_device(
-                self.device, np.concatenate(pieces), bounds[1:][ends] - 1, tree.leaf[batch.segments[ends]]
-            )
+            numbers = [np.concatenate(pieces), bounds[1:][ends] - 1, tree.leaf[batch.segments[ends]]]
+            tokens_, last_, leaf_ = to_device(self.device, np.int64, numbers)
             target = batch.target + own_slot[batch.segments]
             packed = sequences_of(pieces, batch, pool, self.device, target)
             hidden = self.runner.hidden_states(tokens_, packed)
@@ -130,7 +130,7 @@ class GreedyGenerator:
                     break
                 if not going_on.all():
                     active = active[going_on]
-                    (keep,) = to_device(self.device, np.flatnonzero(going_on))
+                    (keep,) = to_device(self.device, np.int64, [np.flatnonzero(going_on)])
                     words, bad = words[keep], bad[keep]
                     packed = self._single_tokens(pool, active + before + 1)
             self.tokens_run += len(active)

@@ -1,6 +1,6 @@
 """One batch of sequences through a model: from states to states, and the log-probabilities that are asked for.
 
-All that the device needs to know of a batch goes there in one copy; nothing waits for the device but `Pending.get`.
+All that the device needs to know of a batch goes there at once; nothing waits for the device but `Pending.get`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft_mamba.mixers import PackedSequences, StatePool
 from peft_mamba.mixers.packing import last_hidden_state
 from peft_mamba.mixers.projection import project
+from peft_mamba.mixers.row_layout import to_device
 
 from .schedule import Batch
 
@@ -35,14 +36,6 @@ class Pending:
         if self._ready is not None:
             self._ready.synchronize()
         return self._values.numpy()
-
-
-def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """int64 vectors on the device, in one copy."""
-    together = torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False))
-    if device.type == "cuda":
-        together = together.pin_memory()
-    return list(together.to(device, non_blocking=True).split([len(a) for a in arrays]))
 
 
 def sequences_of(
@@ -100,7 +93,7 @@ class SequenceRunner:
         """
         new = np.diff(positions, prepend=-1) != 0
         unique, row = positions[new], np.cumsum(new) - 1
-        tokens_, unique_, row_, words_ = to_device(self.device, np.concatenate(pieces), unique, row, words)
+        tokens_, unique_, row_, words_ = to_device(self.device, np.int64, [np.concatenate(pieces), unique, row, words])
         packed = sequences_of(pieces, batch, pool, self.device)
         hidden = self.hidden_states(tokens_, packed)
         scored = torch.empty(2, len(words), dtype=torch.float32, device=self.device)

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .row_layout import RowLayout, Windows, to_device
+
 Tensor = torch.Tensor
 
 
@@ -103,8 +105,8 @@ class PackedSequences:
     cu_seqlens: Tensor
     parts: list[Part]
     pool: StatePool | None
-    _host: _OnHost
-    _windows: dict[int, tuple[_Windows, _Windows]] = field(default_factory=dict, init=False, repr=False)
+    _layout: RowLayout
+    _windows: dict[int, tuple[Windows, Windows]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -132,22 +134,22 @@ class PackedSequences:
             ValueError: source, target or parent have not one entry a sequence, a sequence has a parent and a source,
                 there are slots but no pool, or parents are not in order.
         """
-        host = _OnHost.of(lengths, source, target, parent)
-        if pool is None and (host.source.any() or host.target.any()):
+        layout = RowLayout.of(lengths, source, target, parent)
+        if pool is None and (layout.source.any() or layout.target.any()):
             raise ValueError("source and target are slots of a pool; there is none.")
         where = torch.device(pool.device if device is None and pool is not None else device or "cpu")
         # A CPU has the final states of all at no cost, and is faster with one scan over more of them.
-        pieces = host.pieces(apart=where.type != "cpu" or bool(host.depth.any()))
-        bounds = [host.bounds, *(host.bounds[p.start : p.stop + 1] - host.bounds[p.start] for p in pieces)]
-        numbers = [each for p in pieces for each in (p.source, p.kept, host.target[p.start : p.stop][p.kept])]
-        whole, *cu_seqlens = _to_device(where, np.int32, bounds)
-        on_device = iter(_to_device(where, np.int64, numbers))
+        pieces = layout.pieces(apart=where.type != "cpu" or bool(layout.depth.any()))
+        bounds = [layout.bounds, *(layout.bounds[p.start : p.stop + 1] - layout.bounds[p.start] for p in pieces)]
+        numbers = [each for p in pieces for each in (p.source, p.kept, layout.target[p.start : p.stop][p.kept])]
+        whole, *cu_seqlens = to_device(where, np.int32, bounds)
+        on_device = iter(to_device(where, np.int64, numbers))
         parts = []
         for piece, bound in zip(pieces, cu_seqlens, strict=True):
             from_where, kept, to = (next(on_device) for _ in range(3))
             parts.append(
                 Part(
-                    slice(int(host.bounds[piece.start]), int(host.bounds[piece.stop])),
+                    slice(int(layout.bounds[piece.start]), int(layout.bounds[piece.stop])),
                     bound,
                     from_where if piece.before is not None or piece.source.any() else None,
                     piece.before,
@@ -157,7 +159,7 @@ class PackedSequences:
                     {},
                 )
             )
-        return cls(whole, parts, pool, host)
+        return cls(whole, parts, pool, layout)
 
     def inputs_before(self, x: Tensor, layer: int, width: int) -> Tensor | None:
         """(S, width, C): the inputs of a convolution that come before each sequence; None: there are none.
@@ -219,155 +221,7 @@ class PackedSequences:
             return whole
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1) if outputs else like
 
-    def _find_windows(self, width: int, device: torch.device) -> tuple[_Windows, _Windows]:
+    def _find_windows(self, width: int, device: torch.device) -> tuple[Windows, Windows]:
         if width not in self._windows:
-            self._windows[width] = self._host.windows(width, device)
+            self._windows[width] = self._layout.windows(width, device)
         return self._windows[width]
-
-
-class _Piece(NamedTuple):
-    """A `Part` on the host: sequences `start` to `stop`."""
-
-    start: int
-    stop: int
-    before: int | None
-    source: np.ndarray
-    goes_on: bool
-    kept: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class _OnHost:
-    """The numbers that a PackedSequences is made of, (S,) each, bounds (S+1,)."""
-
-    bounds: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    parent: np.ndarray
-    depth: np.ndarray  # how many parents from the beginning
-
-    @classmethod
-    def of(cls, lengths: Any, source: Any, target: Any, parent: Any) -> _OnHost:
-        count = len(lengths)
-        given = []
-        for name, numbers, none in (("source", source, 0), ("target", target, 0), ("parent", parent, -1)):
-            if numbers is not None and len(numbers) != count:
-                raise ValueError(f"{name} has {len(numbers)} entries for {count} sequences.")
-            given.append(np.full(count, none) if numbers is None else np.asarray(numbers, dtype=np.int64))
-        source, target, parent = given
-        if (parent >= np.arange(count)).any():
-            raise ValueError("A sequence goes on from one that comes before it; a parent is behind its child.")
-        if (both := np.flatnonzero((parent >= 0) & (source != 0))).size:
-            raise ValueError(f"Sequence {both[0]} goes on from a sequence and from a slot; give one of the two.")
-        depth = np.zeros(count, dtype=np.int64)
-        above = parent.copy()
-        while (going := above >= 0).any():
-            depth += going
-            above = np.where(going, parent[above], -1)
-        bounds = np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
-        return cls(bounds, source, target, parent, depth)
-
-    def pieces(self, apart: bool) -> list[_Piece]:
-        """The parts; `apart`: sequences that nothing goes on from are not with others."""
-        count = len(self.parent)
-        goes_on = self.target != 0
-        goes_on[self.parent[self.parent >= 0]] = True
-        changes = np.diff(self.depth) != 0
-        if apart:
-            changes |= np.diff(goes_on) != 0
-        starts = [0, *(np.flatnonzero(changes) + 1).tolist()] if count else []
-        piece_of = np.repeat(np.arange(len(starts)), np.diff([*starts, count]))
-        pieces = []
-        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], count], strict=True)):
-            source, before = self.source[start:stop], None
-            if self.depth[start]:
-                parents = self.parent[start:stop]
-                before = int(piece_of[parents[0]])
-                if before >= number or (piece_of[parents] != before).any():
-                    raise ValueError(
-                        "Sequences whose states are needed have to follow each other with as many parents; sort them "
-                        "by how many they have, and then by whether anything goes on from them."
-                    )
-                source = parents - starts[before]
-            kept = np.flatnonzero(self.target[start:stop])
-            pieces.append(_Piece(start, stop, before, source, bool(goes_on[start:stop].any()), kept))
-        return pieces
-
-    def windows(self, width: int, device: torch.device) -> tuple[_Windows, _Windows]:
-        """Where the inputs before each sequence are, and the last ones of those that are kept."""
-        starts, stops = self.bounds[:-1, None], self.bounds[1:, None]
-        back = np.arange(-width, 0)
-        in_row = np.full((len(self.source), width), -1)
-        in_pool = self.source[:, None] * width + width + back
-
-        def last(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            rows = stops[sequences] + back
-            place = rows - starts[sequences]  # negative before the first token
-            earlier = np.clip(width + place, 0, max(width - 1, 0))
-            inside = place >= 0
-            return (
-                np.where(inside, rows, np.take_along_axis(in_row[sequences], earlier, 1)),
-                np.where(inside, 0, np.take_along_axis(in_pool[sequences], earlier, 1)),
-            )
-
-        for depth in range(1, int(self.depth.max(initial=0)) + 1):
-            here = np.flatnonzero(self.depth == depth)
-            in_row[here], in_pool[here] = last(self.parent[here])
-        kept = np.flatnonzero(self.target)
-        none = np.zeros(0, dtype=np.int64)
-        return _Windows.of(in_row, in_pool, none, device), _Windows.of(*last(kept), self.target[kept], device)
-
-
-class _Windows(NamedTuple):
-    """Where (S, width) inputs of a convolution are."""
-
-    sequences: int
-    width: int
-    rows: Tensor | None  # (S · width,) in the row, any place for those that are not there; None: none is
-    inside: Tensor | None  # (S · width, 1) whether they are in the row; None: all are
-    stored: Tensor | None  # (S · width,) in the pool's slots one after the other; None: there are none
-    slots: Tensor  # (S,) where these go to, if anywhere
-
-    @classmethod
-    def of(cls, in_row: np.ndarray, in_pool: np.ndarray, slots: np.ndarray, device: torch.device) -> _Windows:
-        count, width = in_row.shape
-        there = in_row >= 0
-        in_pool = np.where(there, 0, in_pool)
-        numbers = [in_row.clip(0).ravel(), there.ravel(), in_pool.ravel(), slots]
-        rows, inside, stored, to = _to_device(device, np.int64, numbers)
-        anything_stored = bool((in_pool >= width).any())  # in a slot other than 0
-        return cls(
-            count,
-            width,
-            rows if there.any() else None,
-            None if there.all() else inside.bool()[:, None],
-            stored if anything_stored else None,
-            to,
-        )
-
-    def take(self, x: Tensor, pool: Tensor | None) -> Tensor | None:
-        """(S, width, C) out of x (1, L, C) and (slots + 1, width, C); None: all of them are zeros."""
-        shape = (self.sequences, self.width, x.shape[2])
-        if not self.width or not self.sequences:
-            return x.new_zeros(shape)
-        if self.rows is None:
-            if self.stored is None or pool is None:
-                return None
-            return pool.flatten(0, 1).index_select(0, self.stored).view(shape)
-        taken = x[0].index_select(0, self.rows)
-        if self.inside is not None:
-            if self.stored is None or pool is None:
-                taken = taken.masked_fill(~self.inside, 0.0)
-            else:
-                taken = torch.where(self.inside, taken, pool.flatten(0, 1).index_select(0, self.stored))
-        return taken.view(shape)
-
-
-def _to_device(device: torch.device, dtype: Any, arrays: list[np.ndarray]) -> list[Tensor]:
-    """Vectors on the device, in one copy that the host does not wait for."""
-    if not arrays:
-        return []
-    together = torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
-    if device.type == "cuda":
-        together = together.pin_memory()
-    return list(together.to(device, non_blocking=True).split([len(each) for each in arrays]))

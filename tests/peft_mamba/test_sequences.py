@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_mamba.mixers import PackedSequences, StatePool, sequences, use_mixers
+from peft_mamba.mixers import PackedSequences, StatePool, row_layout, use_mixers
 
 from .tiny import ADAPTERS, relative_rms, tiny_model, tokens
 
@@ -208,8 +208,8 @@ def test_windows_are_the_last_inputs_before_a_sequence_and_in_it(width, pooled, 
 def test_what_depends_on_the_batch_alone_is_found_out_once(family, monkeypatch):
     model = tiny_model(family, num_hidden_layers=3)
     use_mixers(model)
-    calls, find = [], sequences._OnHost.windows
-    monkeypatch.setattr(sequences._OnHost, "windows", lambda *args: (calls.append(args[1]), find(*args))[1])
+    calls, find = [], row_layout.RowLayout.windows
+    monkeypatch.setattr(row_layout.RowLayout, "windows", lambda *args: (calls.append(args[1]), find(*args))[1])
     pool = StatePool(model, 2)
     for packed in (
         PackedSequences.of([2, 5], pool, target=[1, 2]),
