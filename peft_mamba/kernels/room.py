@@ -8,9 +8,7 @@ rounds once. Whatever makes x leaves columns free behind each of its rows, which
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 
@@ -28,46 +26,12 @@ def useful(rank: int, features: int, device: torch.device, dtype: torch.dtype | 
     return device.type == "cuda" and dtype in HALF and not rank % ALIGNMENT and not features % ALIGNMENT
 
 
-class Rooms:
-    """Memory of tensors that have room, for stretches of which one ends before the next begins.
-
-    What is a little wider than others of a layer fits none of the places that these leave, and they take its own.
-    """
-
-    def __init__(self) -> None:
-        self._places: list[Tensor] = []
-        self._next = 0
-
-    @contextlib.contextmanager
-    def stretch(self) -> Iterator[None]:
-        """In which `with_room` makes tensors out of this memory: in each stretch the same ones, in the same order."""
-        token, self._next = _rooms.set(self), 0
-        try:
-            yield
-        finally:
-            _rooms.reset(token)
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        at, self._next = self._next, self._next + 1
-        if at < len(self._places):
-            place = self._places[at]
-            if (tuple(place.shape), place.dtype, place.device) == (tuple(shape), dtype, device):
-                return place
-        self._places[at:] = [torch.empty(shape, dtype=dtype, device=device)]
-        return self._places[at]
-
-
-_rooms: ContextVar[Rooms | None] = ContextVar("rooms", default=None)
-
-
 def with_room(shape: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor of this shape; with `columns` > 0, each row is followed by so many that are free."""
     if not columns:
         return torch.empty(shape, dtype=dtype, device=device)
     *outer, features = shape
-    wide = (*outer, features + columns)
-    rooms = _rooms.get()
-    whole = torch.empty(wide, dtype=dtype, device=device) if rooms is None else rooms.take(wide, dtype, device)
+    whole = torch.empty(*outer, features + columns, dtype=dtype, device=device)
     x = _shares(whole, shape, whole.stride(), 0)
     setattr(x, _ROOM, columns)
     return x

@@ -93,7 +93,7 @@ class Block:
 
         Args:
             hidden_states, added: (B, L, hidden_size) each; added is None where there is one term alone.
-            checkpoints: memory of the stack's, if this is a checkpoint and not the last one; None: it takes its own.
+            checkpoints: where the result goes if it is one; None: to memory of its own.
         """
 
         def run(hidden_states: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ class Block:
         level = self.level(cache_params)
         if level == "block":
             parameters = [each for each in self.parameters() if each.requires_grad]
-            x = _summed(hidden_states, added)
-            return checkpointed(run, x, parameters, draws=self.draws(), memory=checkpoints), None
+            add = torch.add if checkpoints is None else checkpoints.add
+            return checkpointed(run, _summed(hidden_states, added), parameters, draws=self.draws(), add=add), None
         if level == "mixer" and not in_other_hands():
             with Remakes().collecting():
                 return run(hidden_states, added)

@@ -24,8 +24,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..kernels.room import Rooms
-
 Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
@@ -113,7 +111,7 @@ def checkpointed(
     parameters: Iterable[Tensor],
     *,
     draws: bool,
-    memory: Checkpoints | None = None,
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Tensor:
     """The sum of both results of `run(x)`, keeping x alone for backward.
 
@@ -124,16 +122,16 @@ def checkpointed(
         run: asks `runs_again` whether its results are still wanted.
         parameters: all tensors that get a gradient through `run`, beside x.
         draws: whether it draws random numbers, which are then the same the second time.
-        memory: for the sum, and for what `run` makes; None: of their own.
+        add: makes the sum.
     """
-    return _Checkpointed.apply(run, draws, memory, x, *parameters)
+    return _Checkpointed.apply(run, draws, add, x, *parameters)
 
 
 class Checkpoints:
-    """Memory of a stack of checkpoints: for what they keep, in one piece, and for what has room (`kernels.room`).
+    """Memory for what a stack of checkpoints keeps, in one piece.
 
     One by one they would take the places of what earlier layers have let go of; where sizes differ a little the pieces
-    of an allocator fit the next layer's tensors no more, and each layer takes new ones. No two of them may run at once.
+    of an allocator fit the next layer's tensors no more, and each layer takes new ones.
 
     Args:
         count: of tensors like `x`.
@@ -143,11 +141,6 @@ class Checkpoints:
     def __init__(self, count: int, x: Tensor, dtype: torch.dtype) -> None:
         self._left = iter(x.new_empty(count, x.numel(), dtype=dtype))
         self._shape, self._dtype = x.shape, dtype
-        self._rooms = Rooms()
-
-    def stretch(self) -> contextlib.AbstractContextManager:
-        """Around a forward of one of them, whose tensors are gone when the next one begins."""
-        return self._rooms.stretch()
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b, in this memory as long as there is some."""
@@ -162,14 +155,12 @@ class Checkpoints:
 
 class _Checkpointed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, draws, memory, x, *parameters):
+    def forward(ctx, run, draws, add, x, *parameters):
         ctx.save_for_backward(x, *parameters)
         ctx.run, ctx.autocast = run, autocast_like_now(x.device.type)
         ctx.random = _RandomState(x) if draws else None
-        ctx.memory = memory
-        with contextlib.nullcontext() if memory is None else memory.stretch():
-            residual, mixed = run(x)
-        return residual + mixed if memory is None else memory.add(residual, mixed)
+        residual, mixed = run(x)
+        return add(residual, mixed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -177,8 +168,7 @@ class _Checkpointed(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         x = x.detach().requires_grad_(ctx.needs_input_grad[3])
         random = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
-        rooms = contextlib.nullcontext() if ctx.memory is None else ctx.memory.stretch()
-        with torch.enable_grad(), ctx.autocast(), random, rooms, _running_again():
+        with torch.enable_grad(), ctx.autocast(), random, _running_again():
             results = [result for result in ctx.run(x) if result.requires_grad]
         inputs = [each for each in (x, *parameters) if each.requires_grad]
         gradients = iter(

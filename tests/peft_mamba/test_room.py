@@ -12,7 +12,6 @@ from torch import nn
 
 from peft_mamba.kernels import room
 from peft_mamba.mixers import projection
-from peft_mamba.mixers.graphs import use_cuda_graphs
 from peft_mamba.mixers.projection import columns_for, project
 from peft_mamba.mixers.recomputation import LEVELS, recompute
 from peft_mamba.precast import precast_frozen_weights
@@ -164,32 +163,3 @@ def test_a_weight_that_was_moved_has_no_room_left():
         for weight in of_in_proj(model):
             weight.data = weight.data.contiguous()
         assert_same_bits(train(model, torch.bfloat16), train(other, torch.bfloat16))
-
-
-@pytest.mark.parametrize(("family", "places"), [("mamba", 1), ("mamba2", 2)])
-def test_checkpoints_of_a_stack_take_one_place_in_turn(family, places, monkeypatch):
-    """But for the last one, whose result is not the stack's either."""
-    taken, take = [], room.Rooms.take
-    monkeypatch.setattr(room.Rooms, "take", lambda *args: (taken.append(take(*args)), taken[-1])[1])
-    models = [trained(family, "sll", num_hidden_layers=4) for _ in range(2)]
-    recompute(models[0], "none")
-    recompute(models[1], "block")
-    assert use_cuda_graphs(models[1]) == 1
-    assert_same_bits(train(models[1], torch.bfloat16, steps=2), train(models[0], torch.bfloat16, steps=2))
-    assert len(taken) == 2 * 3 * 2 * places  # of three blocks of each step, in the forward and again in the backward
-    stacks = {each.untyped_storage().data_ptr() for each in taken[: 6 * places]}
-    assert len(stacks) == places
-
-
-def test_a_place_of_another_shape_is_not_taken():
-    rooms, cpu = room.Rooms(), torch.device("cpu")
-    shapes = [((2, 3), torch.float32), ((2, 5), torch.float32), ((2, 5), torch.bfloat16)]
-    with rooms.stretch():
-        first, second = (room.with_room(*shapes[0][:1], 4, torch.float32, cpu) for _ in range(2))
-        assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
-    for shape, dtype in shapes:
-        with rooms.stretch():
-            again = room.with_room(shape, 4, dtype, cpu)
-        same = again.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        assert again.shape == shape and again.dtype == dtype and same == (shape == (2, 3))
-    assert room.with_room((2, 3), 4, torch.float32, cpu).untyped_storage().data_ptr() != first.data_ptr()
