@@ -18,14 +18,15 @@ def models(rng, count, sizes=(40, 60)):
 
 def test_a_family_of_one_is_its_model():
     rng = np.random.default_rng()
-    (model,) = models(rng, 1)
+    # With few documents a ratio is far from normal, and its deviation not what draws of them show.
+    (model,) = models(rng, 1, sizes=(400, 600))
     ours, single = family_gap([model], draws=4000), icl_gap(model)
     assert ours.aipss.value == pytest.approx(single.aipss.value)
     for k in SHOTS[1:]:
         assert ours.improvement[k].value == pytest.approx(single.improvement[k].value)
         low, high = ours.improvement[k].interval
         assert low <= ours.improvement[k].value <= high
-        assert ours.improvement[k].stderr == pytest.approx(single.improvement[k].stderr, rel=0.35)
+        assert ours.improvement[k].stderr == pytest.approx(single.improvement[k].stderr, rel=0.2)
 
 
 def test_a_mean_over_models_that_share_documents():
