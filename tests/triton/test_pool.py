@@ -8,7 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peft_mamba import kernels
+from peft_mamba.kernels import reference
 
+from ..peft_mamba.tiny import relative_rms
 from .cases import poisoned, ssd_case
 from .scan_cases import Case, draw
 
@@ -145,3 +147,23 @@ def test_chunks_are_numbered_once_a_batch_and_precision(device, monkeypatch):
             assert all(torch.equal(*pair) for pair in zip(alone, shared, strict=True))
             assert made.count(torch.int32) == (turn == 0)
             made.clear()
+
+
+def test_states_between_chunks_are_those_of_their_own_sequence(device):
+    """A first chunk has no place of its own for the state before it: neighbours' are next to each other."""
+    scan = kernels.select(device, "triton").ssd
+
+    @settings(max_examples=20, deadline=None)
+    @given(lengths=st.lists(st.sampled_from([0, 1, 15, 16, 17, 31, 32, 33, 64, 97]), min_size=1, max_size=6))
+    def check(lengths):
+        inputs, shape = inputs_for("ssd", [*lengths, 5], device)
+        inputs["initial_state"] = torch.randn(len(lengths) + 1, *shape, device=device)
+        exact = {
+            name: each.double() if torch.is_tensor(each) and each.is_floating_point() else each
+            for name, each in inputs.items()
+        }
+        with torch.no_grad(), poisoned():
+            for actual, expected in zip(scan(**inputs), reference.ssd(**exact), strict=True):
+                assert relative_rms(actual, expected) < 1e-5
+
+    check()

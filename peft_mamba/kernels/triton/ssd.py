@@ -127,9 +127,11 @@ class _Plan(NamedTuple):
         tiles = cdiv(self.head_size, p) * cdiv(self.state_size, n)
         return self.only() | self.constants | {"P": p, "N": n}, tiles
 
-    def states(self, x: Tensor) -> Tensor:
+    def states(self, x: Tensor, direct: bool = False) -> Tensor:
+        """Room for the state before each chunk; `direct`: before each but the first ones."""
         dtype = torch.float32 if self.float32 else torch.bfloat16
-        return torch.empty(self.slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
+        slots = self.length // self.described["Q"] if direct else self.slots
+        return torch.empty(slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
 
     def table(self, cu_seqlens: Tensor | None, memo: dict | None = None) -> Tensor | None:
         """Whose each slot is; `memo` keeps it for all calls that cut these sequences into such chunks."""
@@ -205,10 +207,10 @@ def _forward(
     shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
     final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
     with torch.cuda.device_of(x):
-        h, table = plan.states(x), plan.table(cu_seqlens, memo)
-        steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
         # Of many short sequences the first chunk is all there is: its state is not worth a copy.
         direct = cu_seqlens is not None
+        h, table = plan.states(x, direct), plan.table(cu_seqlens, memo)
+        steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
         _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct)
         block_heads, blocks = plan.heads_and_blocks(OUTPUT_HEADS)
         ssd_forward.outputs[(plan.slots * plan.groups * blocks,)](

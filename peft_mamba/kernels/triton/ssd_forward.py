@@ -33,6 +33,15 @@ def initial_at(index, sequence, INDEXED: tl.constexpr):
         return sequence.to(tl.int64)
 
 
+@triton.jit
+def place_of(slot, sequence, DIRECT: tl.constexpr):
+    """Where in h the state before a slot is. DIRECT: first chunks, of which each sequence has one, have no place."""
+    if DIRECT:
+        return slot - sequence - 1
+    else:
+        return slot
+
+
 @triton.jit(do_not_specialize=VARYING)
 def states(
     x, B, step, out, through, initial, index, cu_seqlens, h, final,
@@ -43,7 +52,8 @@ def states(
 ):  # fmt: skip
     """h before each chunk of a sequence and head, and after the last one; P and N are tiles of the state.
 
-    DIRECT: not before the first chunk, where `outputs` takes it from where the sequence starts.
+    DIRECT: not before the first chunk, where `outputs` takes it from where the sequence starts; h then has no place
+    for it, see `place_of`.
     """
     sequence, head, p, n, at, inside = state_tile(heads, HEAD_SIZE, STATE_SIZE, P, N)
     row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
@@ -69,7 +79,8 @@ def states(
         wanted = inside
         if DIRECT:
             wanted = inside & (i > 0)
-        tl.store(h + mine * size + at, state.to(h.dtype.element_ty), mask=wanted)
+        place = place_of(slot + i, sequence, DIRECT) * heads + head
+        tl.store(h + place * size + at, state.to(h.dtype.element_ty), mask=wanted)
         kept = tl.load(through + mine)
         weights = tl.load(step + mine * Q + q) * tl.load(out + mine * Q + q)
         values = load_tile(x + here * x_token, q, x_token, real, p, HEAD_SIZE).to(tl.float32) * weights[:, None]
@@ -79,7 +90,8 @@ def states(
         tl.store(final + (sequence.to(tl.int64) * heads + head) * size + at, state, mask=inside)
     elif DIRECT:
         wanted = inside & (past > 0)
-        tl.store(h + ((slot + past) * heads + head) * size + at, state.to(h.dtype.element_ty), mask=wanted)
+        place = place_of(slot + past, sequence, DIRECT) * heads + head
+        tl.store(h + place * size + at, state.to(h.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
@@ -142,7 +154,7 @@ def outputs(
         x += row * x_row + here * x_token
         y += (row * length + here) * heads * HEAD_SIZE
         size = heads * HEAD_SIZE * STATE_SIZE
-        state = h + slot.to(tl.int64) * size
+        state = h + place_of(slot, sequence, DIRECT).to(tl.int64) * size
         if DIRECT:
             if chunk > 0:
                 outputs_of_heads(
