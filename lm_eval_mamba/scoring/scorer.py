@@ -149,7 +149,7 @@ class PrefixScorer:
         slots = self.budget.slots(self.model, tree, within)
         results = _Results(np.empty(len(plan.words), np.float32), np.empty(len(plan.words), bool))
         pool = StatePool(self.model, slots) if slots else None
-        kept_bytes = slots * StatePool.bytes_per_state(self.model)
+        kept_bytes, layer_bytes = slots * StatePool.bytes_per_state(self.model), bytes_in_a_layer(self.model)
         for batch in batches(tree, self.budget.tokens, slots, within):
             lengths = tree.stop[batch.segments] - tree.start[batch.segments]
             offsets = np.cumsum(lengths) - lengths - tree.start[batch.segments]
@@ -164,7 +164,7 @@ class PrefixScorer:
             )
             self.work.run += int(lengths.sum())
             self.work.batches += 1
-            state_bytes = kept_bytes + len(np.unique(batch.parent[batch.parent >= 0])) * bytes_in_a_layer(self.model)
+            state_bytes = kept_bytes + len(np.unique(batch.parent[batch.parent >= 0])) * layer_bytes
             self.work.state_bytes = max(self.work.state_bytes, state_bytes)
             results.under_way.append((batch.segments, pairs, scored))
             if len(results.under_way) > AHEAD:
