@@ -62,9 +62,10 @@ class MambaAMP(PrefixTreeLM):
             (embedded; the default is `mini`), or a loaded `PreTrainedModel`.
         dtype: fp32 (default), fp16 or bf16: fp32 weights, autocast to this dtype, log-probabilities in fp32.
         weights_dtype: cast the weights to this dtype and use no autocast. Not together with `dtype`.
-        precast: True keeps the weights of the mixers' linear layers on the device in `dtype` alone, as autocast casts
-            them, and the fp32 ones in host memory (`peft_mamba.precast_frozen_weights`): the same scores, in about
-            half the memory once the model is loaded. With dtype=fp16 or bf16, for checkpoints given by name.
+        precast: False (default), or True, which keeps the weights of the mixers' linear layers on the device in `dtype`
+            alone, as autocast casts them, and the fp32 ones in host memory (`peft_mamba.precast_frozen_weights`): the
+            same scores, in about half the memory once the model is loaded. With dtype=fp16 or bf16, for checkpoints
+            given by name.
         tokenizer: hub id, local directory or tokenizer; default the checkpoint's own, and GPT-NeoX's for checkpoints in
             the original format that have none.
         peft: local directory or hub id of a PEFT adapter; applied in full or refused.
@@ -115,9 +116,8 @@ class MambaAMP(PrefixTreeLM):
             if kwargs.get(name):
                 raise PrecisionError(f"mamba_amp does not take {name}={kwargs[name]}. Use {instead}.")
         self.precision = Precision.parse(dtype, weights_dtype)
+        self._check_precast(precast, pretrained)
         self._precast = ExitStack() if precast else None
-        if precast:
-            self._check_precast(pretrained, precisions or reference)
         self._kernels = kernels
         if kernels is not None:
             where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,19 +177,19 @@ class MambaAMP(PrefixTreeLM):
             logger.info("precision %s", self.precision)
             logger.info("kernels %(kernels)s (%(reason)s)", self.kernel_path)
 
-    def _check_precast(self, pretrained: Any, precisions: Any) -> None:
-        why = None
-        if self.precision.autocast is None:
-            why = f"{self.precision.name} casts no weights in autocast. Give dtype=bf16 or fp16, or leave precast out"
-        elif precisions:
-            why = "tasks in several precisions need the fp32 weights. Leave precast out"
-        elif not isinstance(pretrained, str | None):
-            why = (
-                "the model given as pretrained is yours. Put peft_mamba.precast_frozen_weights(model, dtype) around "
-                "the evaluation, which gives the weights back at its end"
+    def _check_precast(self, precast: Any, pretrained: Any) -> None:
+        if not isinstance(precast, bool):
+            raise PrecastError(f"precast={precast!r} is neither True nor False.")
+        if precast and self.precision.autocast is None:
+            raise PrecastError(
+                f"precast=True: {self.precision.name} casts no weights in autocast. Give dtype=bf16 or fp16, or leave "
+                "precast out."
             )
-        if why is not None:
-            raise PrecastError(f"precast=True: {why}.")
+        if precast and not isinstance(pretrained, str | None):
+            raise PrecastError(
+                "precast=True: the model given as pretrained is yours. Put peft_mamba.precast_frozen_weights(model, "
+                "dtype) around the evaluation, which gives the weights back at its end."
+            )
 
     @property
     def kernel_path(self) -> dict[str, str]:
@@ -394,7 +394,7 @@ class MambaAMP(PrefixTreeLM):
 
     def _check_fp32_weights(self) -> None:
         if self._precast is not None:
-            raise PrecastError("precast=True: these tasks are scored in several precisions. Leave precast out.")
+            raise PrecastError("precast=True: tasks in several precisions need the fp32 weights. Leave precast out.")
         if self.precision.weights != torch.float32:
             raise PrecisionError(
                 f"{self.precision.name}: a divergence is one of fp32 weights under autocast, and these weights are "

@@ -169,12 +169,13 @@ def test_precast_with_an_adapter_of_which_nothing_is_cast(tiny, tmp_path):
     [
         ({}, "fp32 casts no weights in autocast. Give dtype=bf16 or fp16"),
         ({"weights_dtype": "bf16"}, "casts no weights in autocast"),
+        ({"dtype": "bf16", "precast": "no"}, "precast='no' is neither True nor False"),
         ({"dtype": "bf16", "precisions": "fp32+bf16"}, "tasks in several precisions need the fp32 weights"),
     ],
 )
 def test_precast_is_refused_where_it_means_nothing_before_a_model_is_loaded(arguments, message):
     with pytest.raises(PrecastError, match=message):
-        MambaAMP(pretrained="there/is-no-such-model", precast=True, device="cpu", **arguments)
+        MambaAMP(**{"pretrained": "there/is-no-such-model", "precast": True, "device": "cpu"} | arguments)
 
 
 def test_precast_takes_no_model_of_yours_and_no_tasks_in_several_precisions(tiny):
@@ -183,7 +184,7 @@ def test_precast_takes_no_model_of_yours_and_no_tasks_in_several_precisions(tiny
         MambaAMP(pretrained=model, dtype="bf16", precast=True, device="cpu")
     lm = load(MambaAMP, tiny["mamba"], dtype="bf16", precast=True)
     options = {"precisions": ["fp32", "bf16"], "rebatched": False}
-    with pytest.raises(PrecastError, match="scored in several precisions. Leave precast out"):
+    with pytest.raises(PrecastError, match="tasks in several precisions need the fp32 weights. Leave precast out"):
         lm.loglikelihood_by_precision(requests("loglikelihood_by_precision", [("a", " b", options)]))
     with pytest.raises(PrecastError, match="no mixer of ours"):
         load(MambaAMP, tiny["gpt_neox"], dtype="bf16", precast=True)
