@@ -20,6 +20,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from .. import kernels
 from .block import run_blocks
+from .projection import hooked
 from .sequences import PackedSequences
 from .state import CachedMixer, PackedRows, laid_end_to_end
 
@@ -77,8 +78,7 @@ def last_hidden_state(backbone: Any, input_ids: Tensor, mask: PackedSequences) -
     Args:
         input_ids: (B, L).
     """
-    ours = (_gather, _spread)
-    if backbone._forward_hooks or any(hook not in ours for hook in backbone._forward_pre_hooks.values()):
+    if hooked(backbone, apart_from=(_gather, _spread)):
         return backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
     return backbone.norm_f(run_blocks(backbone.layers, backbone.embeddings(input_ids), attention_mask=mask))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -202,10 +202,15 @@ def is_bare(linear: nn.Linear) -> bool:
     )
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class' forward: hooks, its own or for all, or another forward."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or any(_GLOBAL_HOOKS) or "forward" in vars(module)
+def hooked(module: nn.Module, apart_from: Sequence[Callable] = ()) -> bool:
+    """Whether calling the module does more than its class' forward: hooks, its own or for all, or another forward.
+
+    Args:
+        apart_from: hooks in front of a forward that do not count.
+    """
+    own = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    before = [hook for hook in module._forward_pre_hooks.values() if hook not in apart_from]
+    return any(own) or any(_GLOBAL_HOOKS) or bool(before) or "forward" in vars(module)
 
 
 def _compute_dtype(layer: Plain, x: Tensor) -> torch.dtype | None:

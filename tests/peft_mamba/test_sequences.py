@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_mamba.mixers import PackedSequences, StatePool, row_layout, use_mixers
+from peft_mamba.mixers.packing import last_hidden_state
 
 from .tiny import ADAPTERS, relative_rms, tiny_model, tokens
 
@@ -220,3 +221,26 @@ def test_what_depends_on_the_batch_alone_is_found_out_once(family, monkeypatch):
         assert calls == [model.config.conv_kernel - 1]
         assert all(part.memo for part in packed.parts)
         calls.clear()
+
+
+WATCHED = {
+    "hook in front": lambda backbone, seen: backbone.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "hook behind": lambda backbone, seen: backbone.register_forward_hook(lambda *_: seen.append(1)),
+    "own forward": lambda backbone, seen: setattr(
+        backbone, "forward", lambda forward=backbone.forward, **given: (seen.append(1), forward(**given))[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WATCHED)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_the_last_hidden_state_is_the_backbones_and_what_others_put_on_it_runs(family, kind):
+    model = tiny_model(family)
+    use_mixers(model)
+    row, packed = tokens(1, 9), PackedSequences.of([4, 5], parent=[-1, 0])
+    with torch.no_grad():
+        expected = model.backbone(row, attention_mask=packed, use_cache=False)[0]
+        seen: list[int] = []
+        assert relative_rms(last_hidden_state(model.backbone, row, packed), expected) < 1e-6
+        WATCHED[kind](model.backbone, seen)
+        assert torch.equal(last_hidden_state(model.backbone, row, packed), expected) and seen == [1]
