@@ -203,6 +203,7 @@ def run_ours(options: Any, words: Any, work: list[tuple[str, str]]) -> tuple[flo
     if options.precast:
         use_mixers(model.requires_grad_(False))
         held.enter_context(precast_frozen_weights(model, options.dtype))
+        held.callback(model.to, "cpu")  # where the fp32 weights then stay
     lm: PrefixTreeLM = MambaAMP(
         pretrained=model,
         tokenizer=words,
@@ -217,7 +218,6 @@ def run_ours(options: Any, words: Any, work: list[tuple[str, str]]) -> tuple[flo
     peak(options.device)
     took, answers = seconds(lm, work)
     memory = peak(options.device)
-    held.callback(model.to, "cpu")  # where the fp32 weights then stay
     held.close()
     return took, lm.work, memory, answers
 

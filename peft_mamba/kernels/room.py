@@ -32,7 +32,7 @@ def with_room(shape: Sequence[int], columns: int, dtype: torch.dtype, device: to
         return torch.empty(shape, dtype=dtype, device=device)
     *outer, features = shape
     whole = torch.empty(*outer, features + columns, dtype=dtype, device=device)
-    x = _shares(whole, shape, whole.stride(), 0)
+    x = shares(whole, shape, whole.stride(), 0)
     setattr(x, _ROOM, columns)
     return x
 
@@ -42,16 +42,16 @@ def with_columns(x: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
     if not columns or getattr(x, _ROOM, 0) != columns or not x.numel():
         return None
     rows = x.numel() // x.shape[-1]
-    whole = _shares(x, (rows, x.shape[-1] + columns), (x.shape[-1] + columns, 1), 0)
-    return whole, _shares(x, (rows, columns), whole.stride(), x.shape[-1])
+    whole = shares(x, (rows, x.shape[-1] + columns), (x.shape[-1] + columns, 1), 0)
+    return whole, shares(x, (rows, columns), whole.stride(), x.shape[-1])
 
 
 def widened(weight: Tensor, columns: int) -> Tensor:
     """(out, in + columns): a weight and the room behind its rows, which `with_room` has left."""
-    return _shares(weight, (len(weight), weight.shape[1] + columns), weight.stride(), 0)
+    return shares(weight, (len(weight), weight.shape[1] + columns), weight.stride(), 0)
 
 
-def _shares(x: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+def shares(x: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
     """Part of the same memory; writing to it is no change of x to autograd, for which it is a tensor of its own."""
     with torch.no_grad():
         return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset() + offset, shape, stride)

@@ -175,15 +175,16 @@ def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor
         kwargs: of every block.
     """
     blocks = list(blocks)
+    fused = [type(b) in (MambaBlock, Mamba2Block) and not (hooked(b) or b.gradient_checkpointing) for b in blocks]
     added = checkpoints = None
     # What the last one leaves may be kept for long, and with it all that it shares memory with.
-    if count := sum(block.level(kwargs.get("cache_params")) == "block" for block in blocks[:-1]):
+    last = len(blocks) - 1
+    if count := sum(fused[i] and blocks[i].level(kwargs.get("cache_params")) == "block" for i in range(last)):
         dtype = torch.float32 if any(block.residual_in_fp32 for block in blocks) else hidden_states.dtype
         checkpoints = Checkpoints(count, hidden_states, dtype)
-    for block in blocks:
-        ours = type(block) in (MambaBlock, Mamba2Block)
-        if ours and not (hooked(block) or block.gradient_checkpointing):
-            into = checkpoints if block is not blocks[-1] else None
+    for i, block in enumerate(blocks):
+        if fused[i]:
+            into = checkpoints if i < last else None
             hidden_states, added = block.unsummed(hidden_states, added, checkpoints=into, **kwargs)
         else:
             hidden_states, added = block(_summed(hidden_states, added), **kwargs), None

@@ -12,7 +12,7 @@ from ..frozen import from_weights
 from .projection import draws, project
 from .recomputation import can_be_remade, remakes_some
 from .sequences import PackedSequences, Part
-from .state import CachedMixer, MixerState, conv_window, decay_rates, inputs_before
+from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
 
 Tensor = torch.Tensor
 
@@ -88,6 +88,5 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         y = y.view(*hidden_states.shape[:2], self.intermediate_size)
         state = None
         if return_final_state and ssm is not None:
-            inputs = None if initial_state is None else initial_state.conv
-            state = MixerState(conv_window(x, inputs, lengths, self.conv_kernel_size), ssm)
+            state = state_after(x, ssm, initial_state, lengths, self.conv_kernel_size)
         return project(self.out_proj, y, product=not self._output_unread()), state

@@ -16,7 +16,7 @@ from .block import MambaRMSNormGated
 from .projection import columns_for, hooked, project
 from .recomputation import can_be_remade
 from .sequences import PackedSequences, Part
-from .state import CachedMixer, MixerState, conv_window, decay_rates, inputs_before
+from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
 
 Tensor = torch.Tensor
 
@@ -99,8 +99,8 @@ class Mamba2Mixer(CachedMixer, modeling_mamba2.Mamba2Mixer):
         )
         state = None
         if return_final_state and ssm is not None:
-            inputs = None if initial_state is None else initial_state.conv
-            state = MixerState(conv_window(torch.cat(convolved, dim=-1), inputs, lengths, self.conv_kernel_size), ssm)
+            xBC = torch.cat(convolved, dim=-1)
+            state = state_after(xBC, ssm, initial_state, lengths, self.conv_kernel_size)
         return project(self.out_proj, self._normed(y.flatten(-2), z), product=not self._output_unread()), state
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..kernels.room import shares
+
 Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
@@ -139,18 +141,14 @@ class Checkpoints:
     """
 
     def __init__(self, count: int, x: Tensor, dtype: torch.dtype) -> None:
-        self._left = iter(x.new_empty(count, x.numel(), dtype=dtype))
+        self._left = iter(x.new_empty(count, *x.shape, dtype=dtype))
         self._shape, self._dtype = x.shape, dtype
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b, in this memory as long as there is some."""
-        if torch.promote_types(a.dtype, b.dtype) != self._dtype or a.shape != self._shape:
-            return a + b
-        if (piece := next(self._left, None)) is None:
-            return a + b
-        with torch.no_grad():  # a tensor of its own to autograd, no view of what it has never seen
-            out = piece.new_empty(0).set_(piece.untyped_storage(), piece.storage_offset(), self._shape)
-        return torch.add(a, b, out=out)
+        fits = torch.promote_types(a.dtype, b.dtype) == self._dtype and a.shape == self._shape
+        piece = next(self._left, None) if fits else None
+        return a + b if piece is None else torch.add(a, b, out=shares(piece, piece.shape, piece.stride(), 0))
 
 
 class _Checkpointed(torch.autograd.Function):

@@ -128,7 +128,7 @@ class PackedSequences:
             parent: (S,) the sequence of this row that it goes on from instead, -1 for none. Sequences that are as
                 many parents from the beginning have to be next to each other, those whose state is needed after
                 those whose is not. None: each starts from its source.
-            device: where all of it goes; default: the pool's.
+            device: where all of it goes; default: the pool's, without one the CPU.
 
         Raises:
             ValueError: source, target or parent have not one entry a sequence, a sequence has a parent and a source,
@@ -137,7 +137,9 @@ class PackedSequences:
         layout = RowLayout.of(lengths, source, target, parent)
         if pool is None and (layout.source.any() or layout.target.any()):
             raise ValueError("source and target are slots of a pool; there is none.")
-        where = torch.device(pool.device if device is None and pool is not None else device or "cpu")
+        if device is None:
+            device = "cpu" if pool is None else pool.device
+        where = torch.device(device)
         # A CPU has the final states of all at no cost, and is faster with one scan over more of them.
         pieces = layout.pieces(apart=where.type != "cpu" or bool(layout.depth.any()))
         bounds = [layout.bounds, *(layout.bounds[p.start : p.stop + 1] - layout.bounds[p.start] for p in pieces)]

@@ -96,6 +96,11 @@ def conv_window(x: Tensor, before: Tensor | None, lengths: Tensor | None, width:
     return inputs.gather(2, columns[:, None, :].expand(-1, inputs.shape[1], -1))
 
 
+def state_after(x: Tensor, ssm: Tensor, before: MixerState | None, lengths: Tensor | None, width: int) -> MixerState:
+    """What is left after inputs x (B, L, C) of a convolution and this state of the scan; see `CachedMixer.mix`."""
+    return MixerState(conv_window(x, None if before is None else before.conv, lengths, width), ssm)
+
+
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least."""
     return -torch.exp(A_log.to(accumulator_dtype(A_log)))
