@@ -177,15 +177,14 @@ def run_blocks(blocks: Iterable[Any], hidden_states: Tensor, **kwargs) -> Tensor
     blocks = list(blocks)
     fused = [type(b) in (MambaBlock, Mamba2Block) and not (hooked(b) or b.gradient_checkpointing) for b in blocks]
     added = checkpoints = None
-    # What the last one leaves may be kept for long, and with it all that it shares memory with.
-    last = len(blocks) - 1
-    if count := sum(fused[i] and blocks[i].level(kwargs.get("cache_params")) == "block" for i in range(last)):
+    # None for the last one: what it leaves may be kept for long, and with it all that it shares memory with.
+    ahead = zip(blocks[:-1], fused, strict=False)
+    if count := sum(each and block.level(kwargs.get("cache_params")) == "block" for block, each in ahead):
         dtype = torch.float32 if any(block.residual_in_fp32 for block in blocks) else hidden_states.dtype
         checkpoints = Checkpoints(count, hidden_states, dtype)
-    for i, block in enumerate(blocks):
-        if fused[i]:
-            into = checkpoints if i < last else None
-            hidden_states, added = block.unsummed(hidden_states, added, checkpoints=into, **kwargs)
+    for block, each in zip(blocks, fused, strict=True):
+        if each:
+            hidden_states, added = block.unsummed(hidden_states, added, checkpoints=checkpoints, **kwargs)
         else:
             hidden_states, added = block(_summed(hidden_states, added), **kwargs), None
     return _summed(hidden_states, added)

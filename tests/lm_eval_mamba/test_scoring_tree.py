@@ -104,6 +104,11 @@ def test_a_prefix_runs_with_its_leaves_and_leaves_no_state():
     first, second = batches(tree, 38, 1, within=4)
     assert first.target.tolist().count(1) == 1 and second.source.any()
     assert len(list(batches(tree, 100, 1, within=2))) == 2
+    # While that one's leaves run, its slot is taken: another prefix runs beside them only if all of its own fit.
+    many = PrefixTree.of([[prefix, *range(9), last] for prefix in range(8) for last in range(3)])
+    runs = list(batches(many, 38, 1, within=8))
+    assert sorted(segment for each in runs for segment in each.segments) == list(range(8 * 4))
+    assert [int(each.target.sum()) for each in runs] == [1, 0, 1, 0]
     assert all((each.parent < 0).all() for each in batches(tree, 100, 4, within=0))
 
 

@@ -15,6 +15,7 @@ from peft_mamba import use_cuda_graphs
 from peft_mamba.kernels import norm
 from peft_mamba.mixers import LEVELS, block, graphs, recompute
 from peft_mamba.mixers.block import MambaBlock
+from peft_mamba.mixers.recomputation import Checkpoints
 
 from .test_recompute import step, trained
 from .tiny import PRECISIONS, tiny_model, tokens
@@ -149,6 +150,14 @@ def test_checkpoints_lie_side_by_side(family, others):
     assert others or len(held) == 2
     y.sum().backward()
     assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_what_does_not_fit_the_checkpoints_memory_is_a_sum_as_ever():
+    x = torch.randn(2, 5, 8)
+    memory = Checkpoints(1, x, torch.float32)
+    for a, b in ((x.bfloat16(), x.bfloat16()), (x[:1], x[:1]), (x, x.bfloat16()), (x, x)):
+        total = memory.add(a, b)
+        assert torch.equal(total, a + b) and total.dtype == (a + b).dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)
