@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 
 from lm_eval_mamba.precisions import REQUEST, Precisions, scorers
 from lm_eval_mamba.scoring.lm import PrefixTreeLM
-from lm_eval_mamba.scoring.processes import Processes
+from lm_eval_mamba.scoring.processes import Processes, end_in_order
 from peft_mamba import checkpoints
 from peft_mamba import kernels as mamba_kernels
 from peft_mamba.adapter_io import AdapterError, SavedAdapter
@@ -170,8 +170,10 @@ class MambaAMP(PrefixTreeLM):
             self._precast.enter_context(precast_frozen_weights(self._model, self.precision.name))
         scorers.add(self)
         plain = self._plain_because()
-        if self.world_size > 1 and plain is None:
-            self._processes = Processes(self.rank, self.world_size)
+        if self.world_size > 1:
+            end_in_order()
+            if plain is None:
+                self._processes = Processes(self.rank, self.world_size)
         if self.rank == 0:
             logger.info("requests %s", "share their prefixes" if plain is None else f"stand alone ({plain})")
             logger.info("precision %s", self.precision)

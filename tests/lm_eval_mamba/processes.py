@@ -29,5 +29,8 @@ def groups_of_two_processes(tmp_path: Path, model: str, task: str, limit: int) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     arguments = [*command, groups, model, task, limit]
-    subprocess.run([str(each) for each in arguments], check=True, cwd=tmp_path, env=environment, timeout=300)
+    done = subprocess.run(
+        [str(each) for each in arguments], cwd=tmp_path, env=environment, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-10_000:]
     return json.loads(groups.read_text())
