@@ -175,8 +175,9 @@ def selective_scan(
         u, delta, z: (B, L, D); z may be None.
         A: (D, N), negative. B, C: (B, L, N). D, delta_bias: (D,).
         initial_state: (B, D, N), h before the first token.
-        memo: a dict that the caller keeps for calls with the same cu_seqlens, in which an implementation may leave what
-            it has found out about them. Empty at first; None: nothing is kept.
+        memo: a dict that the caller keeps for calls with the same cu_seqlens and initial_index, in which an
+            implementation may leave what it has found out about them. At first empty, or with the same as numbers,
+            `host.OnHost`, at `host.ON_HOST`; None: nothing is kept.
 
     Returns:
         y (B, L, D) in u's dtype, and h after the last token of each row, (B, D, N), if asked for, else None.

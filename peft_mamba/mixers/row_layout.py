@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ..kernels.host import to_device
+
 Tensor = torch.Tensor
-
-
-def to_device(device: torch.device, dtype: Any, arrays: Sequence[np.ndarray]) -> list[Tensor]:
-    """Vectors on the device, in one copy that the host does not wait for."""
-    if not arrays:
-        return []
-    together = torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
-    if device.type == "cuda":
-        together = together.pin_memory()
-    return list(together.to(device, non_blocking=True).split([len(each) for each in arrays]))
 
 
 class Piece(NamedTuple):

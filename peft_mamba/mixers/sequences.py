@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .row_layout import RowLayout, Windows, to_device
+from ..kernels.host import ON_HOST, OnHost, to_device
+from .row_layout import RowLayout, Windows
 
 Tensor = torch.Tensor
 
@@ -87,7 +88,7 @@ class Part(NamedTuple):
     goes_on: bool  # whether anything needs their final states
     kept: Tensor | None  # (F,) int64, those whose final state goes to a slot; None: all do
     target: Tensor | None  # (F,) int64, that slot; None: no state is kept
-    memo: dict  # what kernels have found out about cu_seqlens, see `kernels.reference.selective_scan`
+    memo: dict  # what is known of cu_seqlens and source, see `kernels.reference.selective_scan`
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +148,19 @@ class PackedSequences:
         whole, *cu_seqlens = to_device(where, np.int32, bounds)
         on_device = iter(to_device(where, np.int64, numbers))
         parts = []
-        for piece, bound in zip(pieces, cu_seqlens, strict=True):
+        for piece, bound, numbers in zip(pieces, cu_seqlens, bounds[1:], strict=True):
             from_where, kept, to = (next(on_device) for _ in range(3))
+            starts = piece.before is not None or bool(piece.source.any())
             parts.append(
                 Part(
                     slice(int(layout.bounds[piece.start]), int(layout.bounds[piece.stop])),
                     bound,
-                    from_where if piece.before is not None or piece.source.any() else None,
+                    from_where if starts else None,
                     piece.before,
                     piece.goes_on,
                     None if len(piece.kept) == piece.stop - piece.start else kept,
                     to if len(piece.kept) else None,
-                    {},
+                    {ON_HOST: OnHost(numbers, piece.source if starts else None)},
                 )
             )
         return cls(whole, parts, pool, layout)

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
+from ..host import ON_HOST
 from ..reference import check_packed, kept_in, put
 from . import ssd_backward, ssd_chunks, ssd_forward
 from .common import Tensor, cdiv, interpreted, next_power_of_2, readable, row_strides
+from .ssd_families import Families
 from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
@@ -31,12 +33,13 @@ TILE = 64 * 128
 # with 168 of them, three programs of four warps share a multiprocessor.
 LAUNCH = {
     "states": ({"num_warps": 4, "num_stages": 3, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
+    "states of a packed row": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
     "outputs": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
     "value_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
     "key_gradients": ({"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 1}),
 }
 # A program takes up to so many heads of a chunk, which share B and C; fewer where there are too few programs for that.
-OUTPUT_HEADS, GRADIENT_HEADS, PROGRAMS = 16, 12, 384
+OUTPUT_HEADS, PACKED_OUTPUT_HEADS, GRADIENT_HEADS, PROGRAMS = 16, 8, 12, 384
 # Heads of a program that takes sums of step sizes.
 STEP_HEADS = 16
 # Below this many sequences times heads, a sequence's state is divided among more programs.
@@ -60,16 +63,26 @@ class _Plan(NamedTuple):
     constants: dict  # of what is multiplied; P covers a head, N is a tile of the state's columns
 
     @classmethod
-    def of(cls, x: Tensor, B: Tensor, lengths: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None):
+    def of(
+        cls,
+        x: Tensor,
+        B: Tensor,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
+        restarts: bool = False,
+    ):
+        """restarts: every document in a chunk starts from the state before the chunk, not from nothing."""
         (batch, length, heads, head_size), (groups, state_size) = x.shape, B.shape[2:]
         bfloat16 = x.dtype == torch.bfloat16
-        chunk = CHUNK if bfloat16 else CHUNK_FLOAT32
+        chunk = _chunk(x)
         chunks = cdiv(length, chunk)
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         tf32 = x.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
         described = {
             "HAS_LENGTHS": lengths is not None,
             "HAS_SEQ_IDX": seq_idx is not None,
+            "RESTARTS": restarts,
             "PACKED": cu_seqlens is not None,
             "Q": chunk,
         }
@@ -178,6 +191,10 @@ class _Steps(NamedTuple):
         return cls(step, sums, into, out, through, documents)
 
 
+def _chunk(x: Tensor) -> int:
+    return CHUNK if x.dtype == torch.bfloat16 else CHUNK_FLOAT32
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
@@ -194,7 +211,7 @@ def _states(
         DIRECT=direct,
         WITH_FINAL=final_state is not None,
         **constants,
-        **plan.launch("states"),
+        **plan.launch("states of a packed row" if direct else "states"),
     )
 
 
@@ -202,7 +219,14 @@ def _forward(
     x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens, return_final_state,
     *, initial_index=None, memo=None, out=None,
 ):  # fmt: skip
-    plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
+    known = None if memo is None or return_final_state else memo.get(ON_HOST)
+    restarts = one_chunk = False
+    if known is not None and cu_seqlens is not None:
+        given = (known, _chunk(x), cu_seqlens, initial_index, initial_state is not None)
+        families: Families = kept_in(memo, ("families", _chunk(x)), lambda: Families.of(*given))
+        cu_seqlens, initial_index, seq_idx, one_chunk = families
+        restarts = seq_idx is not None
+    plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens, restarts)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
     final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
@@ -211,8 +235,9 @@ def _forward(
         direct = cu_seqlens is not None
         h, table = plan.states(x, direct), plan.table(cu_seqlens, memo)
         steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
-        _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct)
-        block_heads, blocks = plan.heads_and_blocks(OUTPUT_HEADS)
+        if not one_chunk:
+            _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct)
+        block_heads, blocks = plan.heads_and_blocks(PACKED_OUTPUT_HEADS if direct else OUTPUT_HEADS)
         ssd_forward.outputs[(plan.slots * plan.groups * blocks,)](
             *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents),
             *(initial_state, initial_index, cu_seqlens, table, h, y),
@@ -221,6 +246,7 @@ def _forward(
             HAS_INITIAL=initial_state is not None,
             INDEXED=initial_index is not None,
             DIRECT=direct,
+            ONE_CHUNK=one_chunk,
             **plan.only("HAS_SEQ_IDX"),
             **plan.constants,
             **plan.launch("outputs"),

@@ -128,14 +128,24 @@ def heads_of(program, heads, group_heads, block_heads, blocks):
     return slot, group, block, begin, tl.minimum(begin + block_heads, (group + 1) * group_heads)
 
 
+@triton.jit
+def _sum_since_start(sum_before, starts_before, sum, starts):
+    """Of two stretches one after the other: the sum since the last start, and whether there is a start."""
+    return tl.where(starts > 0, sum, sum_before + sum), starts_before | starts
+
+
 @triton.jit(do_not_specialize=VARYING)
 def steps(
     dt, A, lengths, seq_idx, cu_seqlens, table, step, s, into, out, through, documents, length, chunks, heads,
-    HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
-    Q: tl.constexpr, H: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, RESTARTS: tl.constexpr, PACKED: tl.constexpr,
+    PRECISE: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and H heads: step sizes, s_t / ln 2, and the factors with which the state before comes to a token,
-    a token to the state after, and the former state to the latter; and the documents counted from the chunk on."""
+    a token to the state after, and the former state to the latter; and the documents counted from the chunk on.
+
+    RESTARTS: the state before comes to every document, and sums are taken from the document's start; a chunk with
+    several of them has no state after it.
+    """
     slot = tl.program_id(0)
     head = tl.program_id(1) * H + tl.arange(0, H)
     there = head < heads
@@ -159,14 +169,23 @@ def steps(
         a = sizes * (tl.load(A + head, mask=there, other=0.0) * LOG2E)[None, :]
         if PRECISE:  # of large sums only differences are used
             a = a.to(tl.float64)
-        sums = tl.cumsum(a, 0)
+        if RESTARTS:
+            starts = tl.broadcast_to(((own != before) & (t > first))[:, None], [Q, H])
+            sums, _ = tl.associative_scan((a, starts.to(tl.int32)), 0, _sum_since_start)
+        else:
+            sums = tl.cumsum(a, 0)
         total = tl.sum(a, 0)
         mine = slot.to(tl.int64) * heads + head
         at, inside = mine[None, :] * Q + q[:, None], there[None, :]
         tl.store(step + at, sizes, mask=inside)
         tl.store(s + at, sums, mask=inside)
-        reached = tl.where((document == 0)[:, None], tl.exp2(sums.to(tl.float32)), 0.0)
+        reached = tl.exp2(sums.to(tl.float32))
+        if not RESTARTS:
+            reached = tl.where((document == 0)[:, None], reached, 0.0)
         tl.store(into + at, reached, mask=inside)
         left = tl.where((document == last)[:, None], tl.exp2((total[None, :] - sums).to(tl.float32)), 0.0)
         tl.store(out + at, left, mask=inside)
-        tl.store(through + mine, tl.where(last == 0, tl.exp2(total.to(tl.float32)), 0.0), mask=there)
+        kept = tl.exp2(total.to(tl.float32))
+        if not RESTARTS:
+            kept = tl.where(last == 0, kept, 0.0)
+        tl.store(through + mine, kept, mask=there)

@@ -132,18 +132,38 @@ def outputs_of_heads(
         store_tile(y + head * HEAD_SIZE, q, heads * HEAD_SIZE, real, p, in_head, sums)
 
 
+@triton.jit
+def outputs_of_first_chunk(
+    x, B, C, D, step, s, into, documents, initial, index, sequence, y, slot, begin, end, heads, q, here, real,
+    x_token, x_head, b_token, c_token,
+    HAS_INITIAL: tl.constexpr, INDEXED: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """`outputs_of_heads` from where the sequence starts."""
+    state = initial
+    if HAS_INITIAL:
+        state = initial + initial_at(index, sequence, INDEXED) * heads * HEAD_SIZE * STATE_SIZE
+    outputs_of_heads(
+        x, B, C, D, step, s, into, documents, state, y, slot, begin, end, heads, q, here, real,
+        x_token, x_head, b_token, c_token,
+        HAS_INITIAL, HAS_D, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=VARYING)
 def outputs(
     x, B, C, D, step, s, into, documents, initial, index, cu_seqlens, table, h, y,
     length, chunks, heads, group_heads, block_heads, blocks,
     x_row, x_token, x_head, b_row, b_token, b_group, c_row, c_token, c_group,
     HAS_D: tl.constexpr, HAS_SEQ_IDX: tl.constexpr, HAS_INITIAL: tl.constexpr, INDEXED: tl.constexpr,
-    DIRECT: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    DIRECT: tl.constexpr, ONE_CHUNK: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and block_heads heads of one group; N is one of TILES tiles of the state's columns.
 
     DIRECT: the state before the first chunk of a sequence is read where it starts from, in float32, not from `h`.
+    ONE_CHUNK: DIRECT, and no sequence has another chunk.
     """
     slot, group, _, begin, end = heads_of(tl.program_id(0), heads, group_heads, block_heads, blocks)
     row, first, stop, sequence, chunk = slot_of_sequence(slot, cu_seqlens, table, length, chunks, PACKED, Q)
@@ -153,27 +173,23 @@ def outputs(
         C += row * c_row + here * c_token + group * c_group
         x += row * x_row + here * x_token
         y += (row * length + here) * heads * HEAD_SIZE
-        size = heads * HEAD_SIZE * STATE_SIZE
-        state = h + place_of(slot, sequence, DIRECT).to(tl.int64) * size
-        if DIRECT:
-            if chunk > 0:
+        if ONE_CHUNK:
+            outputs_of_first_chunk(
+                x, B, C, D, step, s, into, documents, initial, index, sequence, y, slot, begin, end, heads, q, here,
+                real, x_token, x_head, b_token, c_token, HAS_INITIAL, INDEXED,
+                HAS_D, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
+            )  # fmt: skip
+        else:
+            state = h + place_of(slot, sequence, DIRECT).to(tl.int64) * heads * HEAD_SIZE * STATE_SIZE
+            if DIRECT and chunk == 0:
+                outputs_of_first_chunk(
+                    x, B, C, D, step, s, into, documents, initial, index, sequence, y, slot, begin, end, heads, q, here,
+                    real, x_token, x_head, b_token, c_token, HAS_INITIAL, INDEXED,
+                    HAS_D, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
+                )  # fmt: skip
+            else:
                 outputs_of_heads(
                     x, B, C, D, step, s, into, documents, state, y, slot, begin, end, heads, q, here, real,
                     x_token, x_head, b_token, c_token,
                     True, HAS_D, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
                 )  # fmt: skip
-            else:
-                before = initial
-                if HAS_INITIAL:
-                    before = initial + initial_at(index, sequence, INDEXED) * size
-                outputs_of_heads(
-                    x, B, C, D, step, s, into, documents, before, y, slot, begin, end, heads, q, here, real,
-                    x_token, x_head, b_token, c_token,
-                    HAS_INITIAL, HAS_D, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
-                )  # fmt: skip
-        else:
-            outputs_of_heads(
-                x, B, C, D, step, s, into, documents, state, y, slot, begin, end, heads, q, here, real,
-                x_token, x_head, b_token, c_token,
-                True, HAS_D, HAS_SEQ_IDX, DOT, INPUT, Q, P, N, HEAD_SIZE, STATE_SIZE,
-            )  # fmt: skip
