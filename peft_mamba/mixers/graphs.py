@@ -22,9 +22,10 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.mamba import modeling_mamba
@@ -32,7 +33,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels import ENVIRONMENT_VARIABLE
 from .block import Block, run_blocks
-from .projection import hooked
+from .projection import GLOBAL_HOOKS
 from .recomputation import autocast_like_now, in_other_hands
 from .sequences import PackedSequences
 from .state import PackedRows
@@ -47,6 +48,8 @@ TIMES_IN_A_ROW = 3
 # A capture costs a few steps. Where a graph was replayed less often than this before another shape came, as with
 # batches sorted by length, the next shape has to come twice as often.
 PAYS = 20
+# Times that a state and shape must come again once it is known that nothing can be captured for them.
+NEVER = -(2**62)
 # A graph holds the gradients of weights a second time; of more weights than this share it is not worth that.
 MOST_TRAINED = 0.25
 # Bounds of packed documents are padded to a multiple of this, so that a graph takes batches of more and of fewer.
@@ -148,10 +151,14 @@ class _Graphs:
         self._last = key
         if self._times < self._wanted:
             return None
+        if (reason := _why_not(blocks)) is not None:
+            self._times = NEVER
+            self._say(reason)
+            return None
         try:
             self._graph = _StackGraph(key, blocks, hidden_states, inputs)
         except RuntimeError as error:
-            self._times = -(2**62)  # not again for this state and shape
+            self._times = NEVER
             _forget_capture(hidden_states.device)
             why = "there is no memory for them" if isinstance(error, torch.OutOfMemoryError) else "they fail"
             self._say(f"{why} ({error})", logging.WARNING)
@@ -188,11 +195,14 @@ class _StackGraph:
         with torch.cuda.device(device), _as_other_leaves(blocks) as leaves:
             with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=mode), precision():
                 y = run_blocks(blocks, self._x, attention_mask=rows)
-            self._dy = torch.empty_like(y)
+            # The output, of which a copy has been handed out by then, gives its gradient its memory. Were it saved for
+            # backward, autograd would find it changed there, and there would be no graph.
+            self._y = self._dy = y.detach().zero_()
             wanted = [self._x, *leaves] if self._x.requires_grad else leaves
-            with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):
+            # In this thread, whose handle for matrix products has its 32 MiB of workspace in the pool already.
+            one_thread = torch.autograd.set_multithreading_enabled(False)
+            with one_thread, torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):
                 gradients = torch.autograd.grad(y, wanted, self._dy, allow_unused=True)
-        self._y = y.detach()
         self._dx = gradients[0] if hidden_states.requires_grad else None
         of_parameters = gradients[1:] if hidden_states.requires_grad else gradients
         self._used = [each is not None for each in of_parameters]
@@ -292,12 +302,19 @@ def _room_for(name: str, tensor: Tensor) -> Tensor:
 
 
 def _walk(blocks: list[Any]) -> Iterator[nn.Module]:
-    """Every module in them; `modules()` takes ten times as long, which shows in every step."""
+    """Every module in them that computes; `modules()` takes ten times as long, which shows in every step."""
     stack: list[nn.Module] = list(reversed(blocks))
     while stack:
         module = stack.pop()
         yield module
-        stack.extend(each for each in module._modules.values() if each is not None)
+        held: Any = module._modules
+        if type(module) is LoraLinear and not module.lora_variant:
+            # Half of all modules are the dictionaries that PEFT keeps in a layer for each kind of weight it may have.
+            stack.append(held["base_layer"])
+            for name in ("lora_A", "lora_B", "lora_dropout"):
+                stack.extend(held[name]._modules.values())
+        else:
+            stack.extend(each for each in held.values() if each is not None)
 
 
 def _trained(blocks: list[Block]) -> list[nn.Parameter]:
@@ -329,33 +346,50 @@ def _as_other_leaves(blocks: list[Block]) -> Iterator[list[nn.Parameter]]:
             parameters[name] = each
 
 
+class _Kind(NamedTuple):
+    """What `_state_of` asks of a module beside what it asks of all; once a class, as most are asked by isinstance."""
+
+    tuner: bool
+    dropout: bool
+    block: bool
+
+    @classmethod
+    @functools.cache
+    def of(cls, module: type[nn.Module]) -> _Kind | None:
+        kind = cls(*(issubclass(module, each) for each in (BaseTunerLayer, nn.Dropout, Block)))
+        return kind if any(kind) else None
+
+
 def _state_of(blocks: list[Block]) -> tuple | str:
     """All that decides which kernels blocks launch on which memory, beside their input; or why they cannot be captured.
 
-    What is asked once a step of every module is asked of its dictionaries.
+    Asked of every module in every step, while the GPU waits: of the modules' dictionaries, and nothing twice.
     """
     if in_other_hands():
         return "saved tensors are handed elsewhere (an outer checkpoint, offloading)"
+    if any(GLOBAL_HOOKS):
+        return "there are hooks for all modules"
     state: list[Any] = []
-    trained: dict[nn.Parameter, None] = {}
-    weights = 0
     for module in _walk(blocks):
-        if hooked(module):
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return f"{type(module).__name__} has hooks"
-        state.append(module.training)
-        for each in module._parameters.values():
+        if "forward" in own:
+            return f"{type(module).__name__} has a forward of its own"
+        state.append(own["training"])
+        for each in own["_parameters"].values():
             if each is not None:
-                weights += each.numel()
-                state.append((each.data_ptr(), each.dtype, each.requires_grad))
-                if each.requires_grad:
-                    trained[each] = None
-        if isinstance(module, BaseTunerLayer):
+                state += each.data_ptr(), each.dtype, each.requires_grad
+        kind = _Kind.of(type(module))
+        if kind is None:
+            continue
+        if kind.tuner:
             scaling: Any = getattr(module, "scaling", {})
             state.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)))
             state.append(tuple(scaling.items()))
-        elif isinstance(module, nn.Dropout):
+        elif kind.dropout:
             state.append(module.p)
-        elif isinstance(module, Block):
+        elif kind.block:
             state.append(module.recompute)
             if module.gradient_checkpointing:
                 return (
@@ -363,13 +397,20 @@ def _state_of(blocks: list[Block]) -> tuple | str:
                 )
             if module.recompute == "block" and module.draws():
                 return "dropout in layers that run again needs its random state, which a capture cannot ask for"
+    return tuple(state)
+
+
+def _why_not(blocks: list[Block]) -> str | None:
+    """Why blocks that `_state_of` has nothing against cannot be captured for the weights that are trained."""
+    trained = _trained(blocks)
     if not trained:
         return "no weight of the layers is trained"
-    if sum(each.numel() for each in trained) > MOST_TRAINED * weights:
+    weights = {each for module in _walk(blocks) for each in module._parameters.values() if each is not None}
+    if sum(each.numel() for each in trained) > MOST_TRAINED * sum(each.numel() for each in weights):
         return f"more than {MOST_TRAINED:.0%} of the layers' weights are trained, whose gradients it would hold twice"
     if len({(each.dtype, each.device) for each in trained}) > 1:
         return "the trained weights have several dtypes or lie on several devices"
-    return tuple(state)
+    return None
 
 
 def _shape_of(hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> tuple:

@@ -44,7 +44,7 @@ _MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 
 
 # Of all modules; torch keeps these dictionaries and changes them in place.
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     _global._global_forward_hooks,
     _global._global_forward_pre_hooks,
     _global._global_backward_hooks,
@@ -210,7 +210,7 @@ def hooked(module: nn.Module, apart_from: Sequence[Callable] = ()) -> bool:
     """
     own = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     before = [hook for hook in module._forward_pre_hooks.values() if hook not in apart_from]
-    return any(own) or any(_GLOBAL_HOOKS) or bool(before) or "forward" in vars(module)
+    return any(own) or any(GLOBAL_HOOKS) or bool(before) or "forward" in vars(module)
 
 
 def _compute_dtype(layer: Plain, x: Tensor) -> torch.dtype | None:

@@ -242,7 +242,21 @@ def test_what_keeps_a_step_from_being_captured(kind, prepare, reason):
     model = trained("mamba", kind)
     prepare(model)
     backbone = model.backbone if kind == "full" else model.base_model.model.backbone
-    assert reason in graphs._state_of(list(backbone.layers))
+    blocks = list(backbone.layers)
+    state = graphs._state_of(blocks)
+    assert reason in (state if isinstance(state, str) else graphs._why_not(blocks))
+
+
+def test_hooks_for_all_modules_keep_a_step_from_being_captured():
+    model = trained("mamba", "sll")
+    assert isinstance(state(model), tuple) and graphs._why_not(list(model.base_model.model.backbone.layers)) is None
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "all modules" in state(model)
+    finally:
+        handle.remove()
+    model.base_model.model.backbone.layers[0].forward = lambda *args, **kwargs: None
+    assert "forward of its own" in state(model)
 
 
 def test_other_leaves_share_the_weights_and_go_again():
