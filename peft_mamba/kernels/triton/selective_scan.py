@@ -44,8 +44,8 @@ FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets",
 BACKWARD_PROGRAMS = 2**14
 # Programs a multiprocessor up to which forward loads ahead: at the registers which that takes, so many run at once.
 FEW_PROGRAMS = 12
-# Warps a multiprocessor below which long sequences are cut, and the shortest piece that one is cut into.
-WARPS_WANTED, SHORTEST_SEGMENT = 8, 256
+# Up to so many warps a multiprocessor, long sequences are cut; into so many warps, in pieces of so many tokens at least.
+FEW_WARPS, WARPS_WANTED, SHORTEST_SEGMENT = 4, 48, 256
 
 
 def selective_scan(
@@ -139,11 +139,11 @@ class _Layout:
         shortest: int,
     ) -> _Layout:
         blocks = cdiv(channels, LANES)
-        wanted = _multiprocessors(device) * WARPS_WANTED
         segments, split = 1, 0
         # In a packed row any sequence may be the whole of it; segments that turn out to be empty cost next to nothing.
-        if 0 < sequences * blocks <= wanted // 2 and length >= 2 * shortest:
-            split = max(shortest, cdiv(tokens * blocks, wanted))
+        few = _multiprocessors(device) * FEW_WARPS
+        if 0 < sequences * blocks <= few and length >= 2 * shortest:
+            split = max(shortest, cdiv(tokens * blocks, _multiprocessors(device) * WARPS_WANTED))
             split = cdiv(split, CHECKPOINT) * CHECKPOINT
             segments = cdiv(length, split)
         return cls(sequences, length, channels, states, varlen, segments, split)
