@@ -11,8 +11,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from peft_mamba.frozen import frozen_weights
+from peft_mamba.kernels.host import to_device
 from peft_mamba.mixers import PackedSequences, StatePool
-from peft_mamba.mixers.row_layout import to_device
 
 from .budget import Budget, fork_cost
 from .runner import SequenceRunner, sequences_of

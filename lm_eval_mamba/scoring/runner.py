@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from peft_mamba.kernels.host import to_device
 from peft_mamba.mixers import PackedSequences, StatePool
 from peft_mamba.mixers.packing import last_hidden_state
 from peft_mamba.mixers.projection import project
-from peft_mamba.mixers.row_layout import to_device
 
 from .schedule import Batch
 

@@ -17,11 +17,11 @@ class OnHost(NamedTuple):
 
     Attributes:
         bounds: (S+1,) cu_seqlens.
-        index: (S,) initial_index; None where there is none.
+        source: (S,) initial_index; None where there is none.
     """
 
     bounds: np.ndarray
-    index: np.ndarray | None
+    source: np.ndarray | None
 
 
 def to_device(device: torch.device, dtype: Any, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:

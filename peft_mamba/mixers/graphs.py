@@ -347,17 +347,18 @@ def _as_other_leaves(blocks: list[Block]) -> Iterator[list[nn.Parameter]]:
 
 
 class _Kind(NamedTuple):
-    """What `_state_of` asks of a module beside what it asks of all; once a class, as most are asked by isinstance."""
+    """What `_state_of` asks of a module beside what it asks of all."""
 
     tuner: bool
     dropout: bool
     block: bool
 
-    @classmethod
-    @functools.cache
-    def of(cls, module: type[nn.Module]) -> _Kind | None:
-        kind = cls(*(issubclass(module, each) for each in (BaseTunerLayer, nn.Dropout, Block)))
-        return kind if any(kind) else None
+
+@functools.cache
+def _kind(module: Any) -> _Kind | None:
+    """Of a class: some of this is costly to ask."""
+    kind = _Kind(*(issubclass(module, each) for each in (BaseTunerLayer, nn.Dropout, Block)))
+    return kind if any(kind) else None
 
 
 def _state_of(blocks: list[Block]) -> tuple | str:
@@ -370,6 +371,7 @@ def _state_of(blocks: list[Block]) -> tuple | str:
     if any(GLOBAL_HOOKS):
         return "there are hooks for all modules"
     state: list[Any] = []
+    module: Any
     for module in _walk(blocks):
         own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
@@ -380,7 +382,8 @@ def _state_of(blocks: list[Block]) -> tuple | str:
         for each in own["_parameters"].values():
             if each is not None:
                 state += each.data_ptr(), each.dtype, each.requires_grad
-        kind = _Kind.of(type(module))
+        what: Any = type(module)
+        kind = _kind(what)
         if kind is None:
             continue
         if kind.tuner:

@@ -91,7 +91,7 @@ def test_each_process_scores_whole_branches(tmp_path, alone, count):
 
 
 def test_processes_end_their_group_before_they_end(tmp_path):
-    """Left to the end of the interpreter, one in twenty processes aborted there, and the launcher stopped the others."""
+    """Left to the end of the interpreter, one in twenty aborted there, and the launcher stopped the others."""
     run(tmp_path, "together")
     assert [(tmp_path / f"{rank}.ended").read_text() for rank in range(2)] == ["True", "True"]
 

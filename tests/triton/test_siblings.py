@@ -82,7 +82,7 @@ def test_a_chunk_holds_as_many_as_fit(device):
 
     found = families([4, 4, 4, 4, 4, 3, 20, 5], [1, 1, 1, 1, 1, 2, 2, 2])
     assert found.bounds.tolist() == [0, 16, 20, 23, 43, 48] and found.bounds.dtype == torch.int32
-    assert found.index.tolist() == [1, 1, 2, 2, 2]
+    assert found.source.tolist() == [1, 1, 2, 2, 2]
     assert (found.documents[0].diff() != 0).nonzero().flatten().tolist() == [3, 7, 11, 15, 19, 22, 42]
     assert not found.one_chunk
     assert families([4, 4, 4, 4], [1, 1, 1, 1]).one_chunk
@@ -90,7 +90,7 @@ def test_a_chunk_holds_as_many_as_fit(device):
     apart = families([8, 8, 8], None)  # each from a state of its own
     assert apart.bounds.tolist() == [0, 8, 16, 24] and apart.documents is None and apart.one_chunk
     alone = families([16, 33, 16], [1, 1, 1])  # nothing fits together
-    assert alone.documents is None and alone.index.tolist() == [1, 1, 1] and not alone.one_chunk
+    assert alone.documents is None and alone.source.tolist() == [1, 1, 1] and not alone.one_chunk
     assert families([60] * 30 + [2, 2], [0] * 32).documents is None  # one chunk of 122 is not worth it
 
 

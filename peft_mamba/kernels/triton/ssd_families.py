@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..host import OnHost, to_device
 from .common import Tensor
@@ -23,13 +22,13 @@ class Families(NamedTuple):
 
     Attributes:
         bounds: (F+1,) int32, a family each from here to there.
-        index: (F,) int64, the row of the initial states that all of a family start from; None: there is no index.
+        source: (F,) int64, the row of the initial states that all of a family start from; None: there is no index.
         documents: (1, L) int32, another number for neighbours in a family; None: each family is one sequence.
         one_chunk: no family has several chunks.
     """
 
     bounds: Tensor
-    index: Tensor | None
+    source: Tensor | None
     documents: Tensor | None
     one_chunk: bool
 
@@ -43,8 +42,8 @@ class Families(NamedTuple):
         """
         lengths = np.diff(known.bounds)
         chunks = -(-lengths // chunk)
-        if known.index is not None:
-            source = known.index
+        if known.source is not None:
+            source = known.source
         else:
             source = np.arange(len(lengths)) if has_initial else np.zeros(len(lengths), np.int64)
         first = _first_of_each(lengths.tolist(), source.tolist(), chunk)
