@@ -44,7 +44,7 @@ FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets",
 BACKWARD_PROGRAMS = 2**14
 # Programs a multiprocessor up to which forward loads ahead: at the registers which that takes, so many run at once.
 FEW_PROGRAMS = 12
-# Up to so many warps a multiprocessor, long sequences are cut; into so many warps, in pieces of so many tokens at least.
+# Up to so many warps a multiprocessor, long sequences are cut: into so many, of so many tokens at least.
 FEW_WARPS, WARPS_WANTED, SHORTEST_SEGMENT = 4, 48, 256
 
 
