@@ -53,7 +53,7 @@ OURS = [f"ours-sll-bf16:{level}" for level in ("none+graphs+precast", "block+gra
 EXTRAS = ("graphs", "precast")
 # Tokens per second over stock's, by family; over either full fp32; the share of stock's full fp32 memory per token.
 GOALS = {"mamba": 3.0, "mamba2": 2.5}
-GOAL_FULL, GOAL_MEMORY, GOAL_PACKED, GOAL_FIT = 10.0, 0.2, 2.0, 24e9
+GOAL_FULL, GOAL_MEMORY, GOAL_PACKED, GOAL_FIT, FLAT = 10.0, 0.2, 2.0, 24e9, 1.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -261,26 +261,27 @@ def compare_packing(config: Any, arm: str, r: int, rows: int, steps: int, warmup
         print(f"packed: {ratio:.2f}x padded's real tokens/s, {verdict(ratio, GOAL_PACKED)}")
 
 
-def scale(config: Any, arm: str, r: int, tokens: int, steps: int, warmup: int, held: contextlib.ExitStack) -> None:
-    """Length 512 to `tokens` at `tokens` a step, then memory over one row of growing length."""
-    free()
-    model, precision = build(config, arm, r, held)
-    step = Step(model, precision)
+def scale(config: Any, arm: str, r: int, tokens: int, steps: int, warmup: int) -> None:
+    """Length 512 to `tokens` at `tokens` a step, then what further tokens of one row take."""
     length, first = 512, None
     while length <= tokens:
-        figures = measure(step, random_batches(config, steps + warmup, tokens // length, length), warmup)
-        first = first or figures
-        print(
-            f"{arm} {tokens // length:>4} x {length:<6} {figures}  time {figures.seconds / first.seconds:.3f}x, "
-            f"memory {figures.peak / max(first.peak, 1):.3f}x of the first",
-            flush=True,
-        )
+        figures = try_run(config, arm, r, random_batches(config, steps + warmup, tokens // length, length), warmup)
+        if figures is not None:
+            first = first or figures
+            time_of, memory = figures.seconds / first.seconds, figures.peak / max(first.peak, 1)
+            print(
+                f"{arm} {tokens // length:>4} x {length:<6} {figures}  time {time_of:.3f}x of the first, "
+                f"{verdict(time_of, FLAT, True)}, memory {memory:.3f}x",
+                flush=True,
+            )
         length *= 4 if length < tokens // 4 else 2
-    idle = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-    length = 2048
+    length, before = 2048, None
     while length <= tokens:
-        peak = measure(step, random_batches(config, 2, 1, length), 1).peak
-        print(f"{arm}    1 x {length:<6} {(peak - idle) / length / 1e3:>8.1f} kB/token beyond weights", flush=True)
+        figures = try_run(config, arm, r, random_batches(config, warmup + 1, 1, length), warmup)
+        if figures is not None and before is not None:
+            more = (figures.peak - before.peak) / (figures.tokens - before.tokens)
+            print(f"{arm}    1 x {length:<6} {more / 1e3:>8.1f} kB a token beyond the length before", flush=True)
+        before = figures
         length *= 2
 
 
@@ -360,8 +361,7 @@ def main(name, layers, arms, rows, length, r, steps, warmup, lengths, scaling, t
         return
     print(f"{name}, {config.num_hidden_layers} layers, r {r}, batch {rows} x {length}", flush=True)
     if scaling:
-        with contextlib.ExitStack() as held:
-            scale(config, ours, r, tokens, steps, warmup, held)
+        scale(config, ours, r, tokens, steps, warmup)
     elif lengths == "alpaca":
         compare_packing(config, ours, r, rows, steps, warmup)
     else:

@@ -127,7 +127,14 @@ class _Graphs:
         inputs = _tensors(attention_mask, kwargs)
         eager = torch.compiler.is_compiling() or not hidden_states.is_cuda or torch.cuda.is_current_stream_capturing()
         if trains and inputs is not None and not eager:
+            # What a graph does touches nothing but its own memory, so the last one may begin before it is known
+            # whether it is the right one: to find that out takes the host milliseconds, for which the GPU would wait.
+            begun = self._graph
+            if begun is not None and not begun.begin(hidden_states, inputs):
+                begun = None
             graph = self._find(blocks, hidden_states, inputs)
+            if begun is not None and graph is not begun:
+                begun.take_back()
             if graph is not None:
                 return graph(hidden_states, inputs)
         return run_blocks(blocks, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
@@ -180,6 +187,11 @@ class _StackGraph:
         gc.collect()
         torch.cuda.empty_cache()  # the graphs cannot use what the steps before have left to the allocator
         device = hidden_states.device
+        self._generator = _generator(device)
+        self._drawn: int | None = None  # random numbers drawn before a forward that has begun
+        every = (each for module in _walk(blocks) for each in module._parameters.values())
+        self._read = [each for each in every if each is not None]  # held, so that their memory is there
+        self._addresses = [each.data_ptr() for each in self._read]
         self._x = hidden_states.detach().clone().requires_grad_(hidden_states.requires_grad)
         self._inputs = {name: _room_for(name, tensor) for name, tensor in inputs.items()}
         self._fill(hidden_states, inputs)
@@ -209,15 +221,40 @@ class _StackGraph:
         self._gradients = [each.flatten() for each in of_parameters if each is not None]
 
     def takes(self, key: Any, inputs: Mapping[str, Tensor]) -> bool:
-        return key == self._key and all(len(tensor) <= len(self._inputs[name]) for name, tensor in inputs.items())
+        return key == self._key and self._has_room(inputs)
+
+    def _has_room(self, inputs: Mapping[str, Tensor]) -> bool:
+        return all(len(tensor) <= len(self._inputs[name]) for name, tensor in inputs.items())
 
     def waits(self) -> bool:
         """Whether the backward of the last forward may still come."""
         step = None if self._step is None else self._step()
         return step is not None and not step.done
 
-    def __call__(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def begin(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> bool:
+        """Launch the forward if inputs fit it and all weights that it reads are where they were, and say whether."""
+        self._drawn = None
+        fits = (_shape_of(hidden_states, inputs), _settings(hidden_states.device.type)) == self._key[1:]
+        if not fits or self.waits() or not self._has_room(inputs):
+            return False
+        if [each.data_ptr() for each in self._read] != self._addresses:
+            return False
+        self._drawn = self._generator.get_offset()
         self._fill(hidden_states.detach(), inputs)
+        self._forward.replay()
+        return True
+
+    def take_back(self) -> None:
+        """A forward that has begun is not wanted, nor are the random numbers that it drew."""
+        assert self._drawn is not None
+        self._generator.set_offset(self._drawn)
+        self._drawn = None
+
+    def __call__(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self._drawn is None:
+            self._fill(hidden_states.detach(), inputs)
+            self._forward.replay()
+        self._drawn = None
         return _Replay.apply(self, hidden_states, *self._parameters)
 
     def _fill(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> None:
@@ -231,7 +268,6 @@ class _StackGraph:
     def forward(self, step: _Step) -> Tensor:
         self._step = weakref.ref(step)
         self.replays += 1
-        self._forward.replay()
         return self._y.clone()
 
     def backward(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -248,8 +284,12 @@ class _StackGraph:
 
 def _forget_capture(device: torch.device) -> None:
     """Let random numbers be drawn again: where a capture fails, the generator is left believing that it goes on."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator = _generator(device)
     generator.graphsafe_set_state(generator.clone_state())
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 class _Step:

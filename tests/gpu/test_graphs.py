@@ -163,6 +163,41 @@ def test_a_changed_model_is_captured_anew_and_evaluation_runs_without(replays):
     assert len(replays) == count
 
 
+CHANGES = {
+    "dropout": lambda model, layer: layer.mixer.in_proj.lora_dropout["default"].__setattr__("p", 0.25),
+    "scaling": lambda model, layer: layer.mixer.in_proj.scaling.update(default=0.5),
+    "frozen": lambda model, layer: layer.mixer.in_proj.lora_A["default"].weight.requires_grad_(False),
+    "moved": lambda model, layer: setattr(layer.mixer.D, "data", 2 * layer.mixer.D.data),
+    "hook": lambda model, layer: layer.mixer.register_forward_hook(lambda module, args, output: 2 * output),
+    "eval": lambda model, layer: layer.mixer.eval(),
+    "another": lambda model, layer: setattr(layer.mixer, "conv1d", copy.deepcopy(layer.mixer.conv1d)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_forward_that_began_too_early_leaves_nothing(change, replays, monkeypatch):
+    """The graph's kernels start before it is known whether it is the right one; random numbers show what is left."""
+    begun = []
+    begin = graphs._StackGraph.begin
+    monkeypatch.setattr(graphs._StackGraph, "begin", lambda *args: begun.append(begin(*args)) or begun[-1])
+    model = trained("mamba", "dropout").cuda()
+    recompute(model, "none")
+    use_cuda_graphs(model)
+    losses(model, [batch(seed) for seed in range(4)], precision=None)
+    assert len(replays) == 2 and begun == [True]
+    other = copy.deepcopy(model)
+    use_cuda_graphs(other, False)
+    torch.cuda.manual_seed(1)
+    for each in (model, other):
+        CHANGES[change](each, each.base_model.model.backbone.layers[0])
+    seen = []
+    for each in (model, other):
+        torch.cuda.manual_seed(1)
+        seen.append(losses(each, [batch(4)], precision=None))
+    assert_same(*seen, 1e-5)
+    assert len(replays) == 2 and begun == [True, change != "moved"]
+
+
 def test_two_forwards_before_their_backwards(replays):
     model = trained("mamba", "sll").cuda()
     other = copy.deepcopy(model)
