@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from .kernels.room import with_room
-from .mixers.projection import PRECAST, columns_for, hooked, is_adapted, is_bare, is_linear
+from .mixers.projection import PRECAST, hooked, is_adapted, is_bare, is_linear, room_for
 from .mixers.state import CachedMixer
 from .precision import Precision
 
@@ -110,7 +110,7 @@ class _Precast:
         self.name, self.parameter = name, layer.weight
         self._layer, self._dtype, self._original = layer, dtype, layer.weight.data.cpu()
         self._device: torch.device | None = self.parameter.device  # until it is there again
-        self.columns = columns_for(adapted, self.parameter, dtype)  # free ones behind the weight's, see `kernels.room`
+        self.free = room_for(adapted, self.parameter, dtype)
         self.parameter.data = self._original.to(dtype)
         vars(layer)[PRECAST] = self
         self._hooks = (
@@ -121,7 +121,7 @@ class _Precast:
     def place(self) -> None:
         """Put the cast weight on the device, which it comes to from host memory."""
         assert self._device is not None
-        cast = with_room(self.parameter.shape, self.columns, self._dtype, self._device)
+        cast = with_room(self.parameter.shape, self.free.columns, self._dtype, self._device, self.free.rows)
         self.parameter.data = cast.copy_(self.parameter.data)
         self._device = None
 

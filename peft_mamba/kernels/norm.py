@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import fused
 from .reference import Tensor, accumulator_dtype
-from .room import with_room
+from .room import gradient_place, with_room
 
 KERNELS = "norm_triton"
 
@@ -90,6 +90,9 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, gate, rstd)
         ctx.set_materialize_grads(False)
         ctx.added = added.dtype if ctx.needs_input_grad[1] else None
+        ctx.places = (
+            {} if ctx.kernels is None else {"place_added": gradient_place(added), "place_gate": gradient_place(gate)}
+        )
         return (y, x) if residual else (y, None)
 
     @staticmethod
@@ -101,7 +104,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, gate, rstd = ctx.saved_tensors
         backward = _backward if ctx.kernels is None else ctx.kernels.backward
         for_weight = ctx.needs_input_grad[2]
-        gradients = backward(dy, x, weight, gate, rstd, ctx.group_size, d_residual, for_weight, ctx.added)
+        given = dy, x, weight, gate, rstd, ctx.group_size, d_residual, for_weight, ctx.added
+        gradients = backward(*given, **ctx.places)
         return *gradients, *[None] * 5
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .room import with_room
+from .room import Place, new_gradient, with_room
 from .triton.common import Tensor, cdiv, next_power_of_2, row_strides
 
 # Rows that a program of the backward goes through where it sums the weight's gradient, which leaves one partial sum a
@@ -73,6 +73,7 @@ def _backward_kernel(
     stride_z,
     stride_dr,
     stride_dx,
+    stride_da,
     stride_dz,
     rows,
     N: tl.constexpr,
@@ -116,7 +117,7 @@ def _backward_kernel(
         dx = dh.to(DX.dtype.element_ty)
         tl.store(DX + row * stride_dx + at, dx, mask=here)
         if FOR_ADDED:
-            tl.store(DA + row * stride_dx + at, dx.to(DA.dtype.element_ty), mask=here)
+            tl.store(DA + row * stride_da + at, dx.to(DA.dtype.element_ty), mask=here)
     if FOR_WEIGHT:
         tl.store(DW + program * (tl.num_programs(1) * N) + at, dw, mask=mask)
 
@@ -193,20 +194,24 @@ def backward(
     d_residual: Tensor | None,
     for_weight: bool,
     added: torch.dtype | None,
+    place_added: Place = None,
+    place_gate: Place = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (that of the residual added), of `added`, of the weight if asked for, and of a gate.
 
     Args:
         x: the sum, where there is one.
         added: dtype of what was added to it; None: nothing was, or it gets no gradient.
+        place_added, place_gate: of these gradients, see `room`; None: none.
     """
     rows, d_rows = _rows(x), _rows(dy)
     gates = rows if gate is None else _rows(gate)
     residual = d_rows if d_residual is None else _rows(d_residual)
     groups = x.shape[-1] // group_size
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_added = None if added is None else dx if added == x.dtype else torch.empty_like(dx, dtype=added)
-    d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    d_added = None if added is None else dx if added == x.dtype else new_gradient(place_added, x, added)
+    d_gate = None if gate is None else new_gradient(place_gate, gate)
+    of_added, of_gate = (dx if each is None else each for each in (d_added, d_gate))
     each = ROWS_PER_PROGRAM if for_weight else 1
     programs = cdiv(len(rows), each)
     partial = torch.zeros(max(programs, 1) if for_weight else 0, x.shape[-1], dtype=torch.float32, device=x.device)
@@ -219,15 +224,16 @@ def backward(
             rstd,
             residual,
             dx,
-            dx if d_added is None else d_added,
-            dx if d_gate is None else d_gate,
+            of_added,
+            of_gate,
             partial,
             d_rows.stride(0),
             rows.stride(0),
             gates.stride(0),
             residual.stride(0),
             x.shape[-1],
-            x.shape[-1],
+            _rows(of_added).stride(0),
+            _rows(of_gate).stride(0),
             len(rows),
             N=group_size,
             ROWS=each,

@@ -47,7 +47,7 @@ def add_products(addend: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def from_both_sides(
-    parts: list[tuple[Tensor, Tensor]], t: Tensor, scaling: float, dtype: torch.dtype
+    parts: list[tuple[Tensor, Tensor]], t: Tensor, scaling: float, dtype: torch.dtype, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """q = Σ g up over the parts, and d = scaling · gᵀ t of each part below the other, reading every g once.
 
@@ -58,6 +58,7 @@ def from_both_sides(
         parts: g (M, N), up (N, r) for each part.
         t: (M, r), of the dtype of all parts.
         dtype: of d.
+        out: where q goes, (M, r) of t's dtype, in rows that may lie apart; None: to memory of its own.
 
     Returns:
         q (M, r) in t's dtype, d (Σ N, r).
@@ -65,4 +66,4 @@ def from_both_sides(
     kernels = _kernels(t)
     if kernels is None or t.shape[1] > MAX_RANK or sum(g.numel() for g, _ in parts) < MIN_ELEMENTS:
         return None
-    return kernels.from_both_sides(parts, t, scaling, dtype)
+    return kernels.from_both_sides(parts, t, scaling, dtype, out)

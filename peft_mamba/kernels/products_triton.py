@@ -143,14 +143,17 @@ def _from_both_sides_kernel(
 
 
 @triton.jit
-def _sum(partial, y, program, size, count, scaling, SUMS: tl.constexpr, AT_ONCE: tl.constexpr):
+def _sum(
+    partial, y, y_row, program, size, count, scaling, RANK: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr
+):
     at = program * SUMS + tl.arange(0, SUMS)
     total = tl.zeros([SUMS], tl.float32)
     for first in range(0, count, AT_ONCE):
         n = first + tl.arange(0, AT_ONCE)
         mask = (n < count)[:, None] & (at < size)[None, :]
         total += tl.sum(tl.load(partial + n.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(y + at, (total * scaling).to(y.dtype.element_ty), mask=at < size)
+    place = (at // RANK).to(tl.int64) * y_row + at % RANK
+    tl.store(y + place, (total * scaling).to(y.dtype.element_ty), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["left_size", "right_size", "left_count", "right_count", "scaling", "programs"])
@@ -165,18 +168,20 @@ def _sums_kernel(
     right_count,
     scaling,
     programs,
+    q_row,
+    RANK: tl.constexpr,
     SUMS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program < programs:
-        _sum(left, q, program, left_size, left_count, 1.0, SUMS, AT_ONCE)
+        _sum(left, q, q_row, program, left_size, left_count, 1.0, RANK, SUMS, AT_ONCE)
     else:
-        _sum(right, d, program - programs, right_size, right_count, scaling, SUMS, AT_ONCE)
+        _sum(right, d, RANK, program - programs, right_size, right_count, scaling, RANK, SUMS, AT_ONCE)
 
 
 def from_both_sides(
-    parts: list[tuple[Tensor, Tensor]], t: Tensor, scaling: float, dtype: torch.dtype
+    parts: list[tuple[Tensor, Tensor]], t: Tensor, scaling: float, dtype: torch.dtype, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`products.from_both_sides` for tensors in half precision."""
     rows, rank = t.shape
@@ -186,7 +191,7 @@ def from_both_sides(
     groups = cdiv(rows, ROWS_PER_PROGRAM)
     left = torch.empty(sum(blocks), rows, rank, dtype=torch.float32, device=t.device)
     right = torch.empty(groups, total, rank, dtype=torch.float32, device=t.device)
-    q = torch.empty(rows, rank, dtype=t.dtype, device=t.device)
+    q = torch.empty(rows, rank, dtype=t.dtype, device=t.device) if out is None else out
     d = torch.empty(total, rank, dtype=dtype, device=t.device)
     block = column = 0
     with torch.cuda.device_of(t):
@@ -205,6 +210,8 @@ def from_both_sides(
         programs = cdiv(q.numel(), SUM["SUMS"])
         _sums_kernel[(programs + cdiv(d.numel(), SUM["SUMS"]),)](
             *(left, right, q, d, q.numel(), d.numel(), len(left), groups, float(scaling), programs),
+            q.stride(0),
+            RANK=rank,
             **SUM,
         )
     return q, d

@@ -15,6 +15,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
+from ..kernels.room import gradient_place
 from .projection import columns_for, draws, hooked, is_adapted, plain
 from .recomputation import DEFAULT, Checkpoints, Remakes, can_be_remade, checkpointed, in_other_hands
 
@@ -150,7 +151,27 @@ class Block:
 
 
 def _summed(hidden_states: Tensor, added: Tensor | None) -> Tensor:
-    return hidden_states if added is None else hidden_states + added
+    if added is None:
+        return hidden_states
+    if torch.is_grad_enabled() and gradient_place(added) is not None:
+        return _Sum.apply(hidden_states, added)
+    return hidden_states + added
+
+
+class _Sum(torch.autograd.Function):
+    """x + added, of which the gradient of `added` goes to its place: autograd would cast it to memory of its own."""
+
+    @staticmethod
+    def forward(ctx, x, added):
+        ctx.dtype, ctx.like, ctx.place = x.dtype, (added.shape, added.dtype), gradient_place(added)
+        return x + added
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]  # mypy sees the decorator, not the method
+        shape, dtype = ctx.like
+        place, part = ctx.place
+        return dy.to(ctx.dtype), place.take(part, shape, dtype, dy.device).copy_(dy)
 
 
 class MambaBlock(Block, modeling_mamba.MambaBlock):

@@ -9,6 +9,7 @@ from transformers.models.mamba import modeling_mamba
 
 from .. import kernels
 from ..frozen import from_weights
+from ..kernels.room import gradient_place, set_gradient_place
 from .projection import draws, project
 from .recomputation import can_be_remade, remakes_some
 from .sequences import PackedSequences, Part
@@ -76,7 +77,10 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         if cu_seqlens is not None and seq_idx is not None:
             # Documents side by side; with seq_idx a scan goes through all of a row one after the other.
+            place = gradient_place(z)
             u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
+            if place is not None:
+                set_gradient_place(z, *place)
         else:
             rows |= {
                 "initial_state": None if initial_state is None else initial_state.ssm,

@@ -14,9 +14,7 @@ as the module it is.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -26,22 +24,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as _global
-from torch.torch_version import TorchVersion
 
 from ..frozen import from_weights
-from ..kernels.products import add_products, from_both_sides
-from ..kernels.room import HALF, useful, widened, with_columns
+from ..kernels.room import HALF, GradientPlace, set_gradient_place, useful
 from .linear import Linear
-from .recomputation import remakes_some, runs_again
+from .product import Product, Room, scaled
+from .recomputation import runs_again
 
 Tensor = torch.Tensor
 
 # Where a layer whose weight is held in half precision (`peft_mamba.precast`) has what says when that will do.
 PRECAST = "_precast"
 _COMPUTED_IN = {*HALF, torch.float32, torch.float64}
-# torch.mm(…, out_dtype=torch.float32), on CUDA alone
-_MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
-
 
 # Of all modules; torch keeps these dictionaries and changes them in place.
 GLOBAL_HOOKS = (
@@ -109,10 +103,15 @@ def project(
         weight, own_bias, A, B, scaling, dropout = known
         # Of an x without a gradient what was handed through would have one.
         handed = through and x.dtype == dtype and x.requires_grad
-        columns = 0 if held is None else held.columns
-        *parts, same = _Project.apply(
-            x.to(dtype), weight, own_bias if bias else None, A, B, scaling, dropout, sizes, product, handed, columns
+        free = Room() if held is None else held.free
+        place = None if handed or not x.requires_grad else _gradient_place(known, x, dtype, sizes)
+        own_bias = own_bias if bias else None
+        *parts, same = Product.apply(
+            x.to(dtype), weight, own_bias, A, B, scaling, dropout, sizes, product, handed, free, place
         )
+        if place is not None:
+            for part, each in enumerate(parts):
+                set_gradient_place(each, place, part)
         y = parts[0] if sizes is None else tuple(parts)
     return (y, x if same is None else same) if through else y
 
@@ -174,6 +173,22 @@ def columns_for(linear: nn.Module, x: Tensor, dtype: torch.dtype | None) -> int:
         return 0
     rank, features = known.A.shape
     return rank if useful(rank, features, x.device, dtype) else 0
+
+
+def room_for(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Room:
+    """What `linear`'s weight gains by in training if it is free behind it."""
+    columns = columns_for(linear, x, dtype)
+    known = plain(linear)
+    below = known is not None and columns and _gradient_place(known, x, dtype, None) is not None
+    return Room(columns, columns if below else 0)
+
+
+def _gradient_place(layer: Plain, x: Tensor, dtype: torch.dtype, sizes: Sequence[int] | None) -> GradientPlace | None:
+    """For the gradients of its outputs, of these sizes; None where it gains nothing by that."""
+    if layer.A is None or layer.dropout:
+        return None
+    rank, sizes = len(layer.A), [len(layer.weight)] if sizes is None else sizes
+    return GradientPlace(sizes, rank) if all(useful(rank, size, x.device, dtype) for size in sizes) else None
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -250,7 +265,7 @@ def _infer(x: Tensor, layer: Plain, bias: Tensor | None, fast: bool) -> Tensor:
 def _cast(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     if weight.dtype == dtype and scaling == 1.0:
         return weight
-    return from_weights((dtype, scaling), lambda w: _scaled(w, scaling, dtype), weight)
+    return from_weights((dtype, scaling), lambda w: scaled(w, scaling, dtype), weight)
 
 
 def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
@@ -261,146 +276,3 @@ def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
         if name.rpartition(".")[2] == "bias" and "lora_" not in name
     }
     return functional_call(linear, zeros, (x,), tie_weights=False)
-
-
-def _scaled(weight: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """scaling · weight in `dtype`, in one operation: a step launches thousands."""
-    if scaling == 1.0:
-        return weight.to(dtype)
-    return torch.mul(weight, scaling, out=torch.empty_like(weight, dtype=dtype))
-
-
-def _with_columns(weight: Tensor, columns: int, dtype: torch.dtype, there: int) -> Tensor:
-    """(out, in + columns): the weight in `dtype`, and columns to write to; its own memory, if so many are `there`."""
-    if there == columns and weight.stride() == (weight.shape[1] + columns, 1):
-        return widened(weight, columns)
-    wide = torch.empty(len(weight), weight.shape[1] + columns, dtype=dtype, device=weight.device)
-    wide[:, : weight.shape[1]] = weight
-    return wide
-
-
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """scaling · a b in `dtype`: summed in float32 and rounded once."""
-    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in HALF and dtype == torch.float32 and a.numel():
-        product = torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        product = (a @ b).to(dtype)
-    return product if scaling == 1.0 else product.mul_(scaling)
-
-
-class _Project(torch.autograd.Function):
-    """See the module's docstring. x is in the dtype of the computation, the weights in their own."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling, dropout, sizes, product, through, columns):
-        dtype = x.dtype
-        t: Any = None
-        mask = None
-        parts = [len(weight)] if sizes is None else list(sizes)
-        with _no_autocast(x.device.type):
-            rows = x.reshape(-1, x.shape[-1])
-            room = with_columns(x, 0 if A is None else len(A)) if product else None
-            W = weight.to(dtype) if room is None else _with_columns(weight, len(A), dtype, columns)
-            down: Any = None if A is None else A.to(dtype)
-            up: Any = None if B is None else _scaled(B, scaling, dtype)
-            if A is not None:
-                kept = rows
-                if dropout:
-                    kept, mask = torch.native_dropout(rows, dropout, True)
-                t = torch.mm(kept, down.t(), out=None if room is None else room[1])
-            if product:
-                offsets = [None] * len(parts) if bias is None else bias.to(dtype).split(parts)
-                if room is not None:
-                    W[:, x.shape[-1] :] = up
-                    outputs = [F.linear(room[0], w, b) for w, b in zip(W.split(parts), offsets, strict=True)]
-                    W = weight if weight.dtype == dtype else W[:, : x.shape[-1]]
-                    t = t.clone() if remakes_some() else t  # which may let go of x, and of all that shares its memory
-                else:
-                    ups = [None] * len(parts) if up is None else up.split(parts)
-                    outputs = []
-                    for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
-                        if rise is None:
-                            outputs.append(F.linear(rows, columns, offset))
-                        else:  # the small product first: to read it as well costs the large one no time
-                            outputs.append(F.linear(t, rise, offset).addmm_(rows, columns.t()))
-            else:
-                outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
-        # The copy of a weight lives on where its backward comes next, and is made again where that is far.
-        ctx.save_for_backward(x, W if runs_again() else weight, down, up, t, mask)
-        ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.keep, ctx.parts = scaling, 1 - dropout, parts
-        ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias, A, B)]
-        return *(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs), x if through else None
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):  # type: ignore[override]  # mypy sees the decorator, not the method
-        *of_parts, d_through = gradients
-        if all(dy is None for dy in of_parts):
-            return d_through, *[None] * 10
-        x, weight, down, up, t, mask = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_A, for_B = ctx.needs_input_grad[:5]
-        weight_dtype, bias_dtype, A_dtype, B_dtype = ctx.dtypes
-        dtype = x.dtype
-        d_rows: Any = None
-        q: Any = None
-        dW = db = dA = dB = None
-        with _no_autocast(x.device.type):
-            rows = x.reshape(-1, x.shape[-1])
-            present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, of_parts)]
-            wants_q = for_A or (for_x and down is not None)
-            if wants_q and for_B and len(present) == len(ctx.parts):
-                once = from_both_sides([(dy, up[part]) for part, dy in present], t, ctx.scaling, B_dtype)
-                q, dB = (None, None) if once is None else once
-            if wants_q and q is None:
-                for part, dy in present:
-                    q = dy @ up[part] if q is None else q.addmm_(dy, up[part])
-            if q is not None and for_A:
-                kept = rows if mask is None else rows * mask * (1 / ctx.keep)
-                dA = _mm(q.t(), kept, A_dtype)
-            if for_x:
-                factors: Iterator = ((dy, weight[part].to(dtype)) for part, dy in present)
-                if q is not None and mask is not None:
-                    d_rows = (q @ down).mul_(mask).mul_(1 / ctx.keep)
-                    d_rows = d_rows if d_through is None else d_rows.add_(d_through.reshape(rows.shape))
-                elif q is not None:
-                    factors = itertools.chain([(q, down)], factors)
-                if d_through is not None and d_rows is None:  # which is autograd's own: nothing is added in place to it
-                    d_rows = add_products(d_through.reshape(rows.shape), *itertools.islice(factors, 2))
-                for d_part, W in factors:
-                    d_rows = d_part @ W if d_rows is None else d_rows.addmm_(d_part, W)
-            if for_B and dB is None:
-                dB = _joined([_mm(dy.t(), t, B_dtype, ctx.scaling) for _, dy in present], len(weight), present)
-            if for_weight:
-                dW = _joined([_mm(dy.t(), rows, weight_dtype) for _, dy in present], len(weight), present)
-            if for_bias:
-                db = _joined([dy.sum(0, dtype=bias_dtype) for _, dy in present], len(weight), present)
-        dx = None if d_rows is None else d_rows.view_as(x)
-        return dx, dW, db, dA, dB, *[None] * 6
-
-
-def _no_autocast(device: str) -> contextlib.AbstractContextManager:
-    enabled = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
-
-
-def _parts(sizes: Sequence[int], gradients: Sequence[Tensor | None]) -> list[tuple[slice, Tensor]]:
-    """Where each part of the output lies, and its gradient; parts that nothing used are left out."""
-    parts, start = [], 0
-    for size, dy in zip(sizes, gradients, strict=True):
-        if dy is not None:
-            parts.append((slice(start, start + size), dy))
-        start += size
-    return parts
-
-
-def _joined(blocks: list[Tensor], length: int, present: list[tuple[slice, Tensor]]) -> Tensor | None:
-    """The gradient of a weight from those of its rows; zeros for a part of the output that nothing used."""
-    if not blocks:
-        return None
-    if sum(map(len, blocks)) == length:
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    whole = blocks[0].new_zeros(length, *blocks[0].shape[1:])
-    for (rows, _), block in zip(present, blocks, strict=True):
-        whole[rows] = block
-    return whole

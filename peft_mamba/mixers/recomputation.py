@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..kernels.room import shares
+from ..kernels.room import as_gradient_of, shares
 
 Tensor = torch.Tensor
 
@@ -169,9 +169,8 @@ class _Checkpointed(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast(), random, _running_again():
             results = [result for result in ctx.run(x) if result.requires_grad]
         inputs = [each for each in (x, *parameters) if each.requires_grad]
-        gradients = iter(
-            torch.autograd.grad(results, inputs, [dy.to(each.dtype) for each in results], allow_unused=True)
-        )
+        of_results = [as_gradient_of(each, dy) for each in results]
+        gradients = iter(torch.autograd.grad(results, inputs, of_results, allow_unused=True))
         return None, None, None, *(next(gradients) if each.requires_grad else None for each in (x, *parameters))
 
 

@@ -11,14 +11,16 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from peft_mamba import use_mixers
+from peft import get_peft_model
+
+from peft_mamba import MambaLoraConfig, precast_frozen_weights, use_cuda_graphs, use_mixers
 from peft_mamba.kernels import ENVIRONMENT_VARIABLE, fused, norm
-from peft_mamba.mixers import LEVELS, recompute
+from peft_mamba.mixers import LEVELS, product, projection, recompute
 from peft_mamba.mixers.projection import project
 
 from ..peft_mamba.test_projection import adapted, run, through_and_beside
 from ..peft_mamba.test_recompute import TRAINED, step, trained
-from ..peft_mamba.tiny import PRECISIONS, relative_rms, tiny_model, tokens
+from ..peft_mamba.tiny import PRECISIONS, randomise_adapters, relative_rms, tiny_model, tokens
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -175,3 +177,43 @@ def test_each_level_takes_less_memory(family, path):
         peaks.append(peak)
     # Beside what PyTorch alone needs within one layer, what `mixer` saves is little.
     assert peaks[0] > (1.0 if path == "torch" else 1.15) * peaks[1] and peaks[1] > 1.5 * peaks[2], peaks
+
+
+@pytest.mark.parametrize("how", ["", "precast", "graphs"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_the_input_gradient_of_an_adapted_layer_is_one_product(family, level, how, monkeypatch):
+    """Of in_proj and out_proj, for whose outputs' gradients the kernels find the place; against a product each."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+
+    def gradients(one_product):
+        calls = []
+        with monkeypatch.context() as patch:
+            above = product._above
+            patch.setattr(product, "_above", lambda *args: calls.append(args) or above(*args))
+            if not one_product:
+                patch.setattr(projection, "useful", lambda *_: False)
+                patch.setattr(product, "_reads_once", lambda *_: False)
+            model = tiny_model(family, **({"num_heads": 16, "head_dim": 4} if family == "mamba2" else {}))
+            model = get_peft_model(model, MambaLoraConfig(r=16, lora_alpha=32, preset="sll")).cuda().train()
+            randomise_adapters(model)
+            recompute(model, level)
+            if how == "graphs":
+                use_cuda_graphs(model)
+            ids = tokens(4, 32).cuda()
+            for _ in range(4 if how == "graphs" else 1):
+                model.zero_grad()
+                with torch.autocast("cuda", torch.float16):
+                    if how == "precast":
+                        with precast_frozen_weights(model, "fp16"):
+                            model(input_ids=ids, labels=ids, use_cache=False).loss.mul(64).backward()
+                    else:
+                        model(input_ids=ids, labels=ids, use_cache=False).loss.mul(64).backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}, len(calls)
+
+    mine, calls = gradients(True)
+    expected, none = gradients(False)
+    times = 3 if how == "graphs" else 1  # two steps, and one that is captured
+    assert (calls, none) == (4 * times, 0)
+    for name, gradient in expected.items():
+        assert relative_rms(mine[name], gradient) < 1e-2, name

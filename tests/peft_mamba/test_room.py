@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peft_mamba.kernels import room
-from peft_mamba.mixers import projection
+from peft_mamba.mixers import product, projection
 from peft_mamba.mixers.projection import columns_for, project
 from peft_mamba.mixers.recomputation import LEVELS, recompute
 from peft_mamba.precast import precast_frozen_weights
@@ -139,7 +139,7 @@ def test_a_model_trains_the_same_bits_at_every_level_and_with_weights_held_in_ha
         widths.append(found is not None)
         return found
 
-    monkeypatch.setattr(projection, "with_columns", seen)
+    monkeypatch.setattr(product, "with_columns", seen)
     models = [trained(family, "sll") for _ in range(3)]
     recompute(models[0], "none")
     for model in models[1:]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_mamba.kernels import fused, products
-from peft_mamba.mixers import projection
+from peft_mamba.mixers import product
 from peft_mamba.mixers.projection import project
 
 from ..peft_mamba.test_projection import IN, OUT, adapted, run
@@ -80,8 +80,8 @@ def calls(device, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"adapters": 2}, {"base": torch.nn.Linear(IN, OUT, bias=False)}])
 @pytest.mark.parametrize("half", TOLERANCE)
 def test_the_gradients_of_an_adapter(device, calls, half, options, sizes, monkeypatch):
-    made, mm = [], projection._mm
-    monkeypatch.setattr(projection, "_mm", lambda *args: made.append(args) or mm(*args))
+    made, mm = [], product._mm
+    monkeypatch.setattr(product, "_mm", lambda *args: made.append(args) or mm(*args))
     layer = adapted(**options).to(device)
     x, dy = torch.randn(2, 70, IN, device=device), torch.randn(2, 70, OUT, device=device)
     _, expected = run(layer.double(), x.double(), dy.double(), ours=False)

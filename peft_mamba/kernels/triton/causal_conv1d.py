@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..reference import check_packed
+from ..room import gradient_place, new_gradient
 from . import causal_conv1d_kernels as kernels
 from .common import Tensor, cdiv, row_strides, search_steps
 
@@ -67,7 +68,7 @@ def _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
-        ctx.silu = silu
+        ctx.silu, ctx.place = silu, gradient_place(x)
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx, cu_seqlens)
         return _forward(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu)
 
@@ -82,7 +83,7 @@ class _CausalConv1d(torch.autograd.Function):
         tokens = _summed_tokens(x) if need_weight else TOKENS
         strips = cdiv(length, tokens)
         switches = _switches(weight, bias, ctx.silu, seq_idx, cu_seqlens)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+        dx = new_gradient(ctx.place, x) if need_x else None
         dweight = dbias = dinitial = None
         with torch.cuda.device_of(x):
             if need_x or need_weight:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..reference import Tensor, check_packed, first_of_document, put
+from ..room import gradient_place, new_gradient
 from .common import BY_PTX, cdiv, readable
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
@@ -295,7 +296,7 @@ class _SelectiveScan(torch.autograd.Function):
             *(u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final),
             save=any(ctx.needs_input_grad),
         )
-        ctx.layout = scan.layout
+        ctx.layout, ctx.place_z = scan.layout, gradient_place(z)
         ctx.dtypes = [None if x is None else x.dtype for x in (A, B, C, D, delta_bias, initial_state)]
         ctx.names = list(scan.given)
         ctx.save_for_backward(*scan.given.values(), scan.checkpoints, scan.elapsed)
@@ -312,7 +313,7 @@ class _SelectiveScan(torch.autograd.Function):
         dy = torch.zeros_like(u) if dy is None else _rows(dy)
         _, _, needs_A, needs_B, needs_C, needs_D, _, needs_bias, needs_h0, *_ = ctx.needs_input_grad
         du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
-        dz = None if z is None else z.new_empty(z.shape)
+        dz = None if z is None else new_gradient(ctx.place_z, z)
         tokens = u.shape[0] * u.shape[1]
         shares = u.new_empty((tokens, layout.blocks, 2, layout.N), dtype=torch.float32)
         dlast = None if d_final is None else d_final.float().contiguous()

@@ -1,0 +1,171 @@
+"""A layer's input gradient as one product with the gradients of its outputs side by side, against one product each."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_mamba.kernels.room import GradientPlace, gradient_place, new_gradient
+from peft_mamba.mixers import product, projection
+from peft_mamba.mixers.projection import project
+
+from .test_projection import IN, LAYERS, OUT, adapted
+from .tiny import relative_rms
+
+
+@pytest.fixture(autouse=True)
+def also_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(projection, "useful", lambda *_: True)
+
+
+class Reader(torch.autograd.Function):
+    """The identity, as a kernel that writes its gradient to the place that its input names."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.place, ctx.like = gradient_place(y), y.detach()
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return new_gradient(ctx.place, ctx.like).copy_(dy)
+
+
+def run(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, sizes, placed, backwards: int = 1):
+    """Gradients, where the parts of the output that `placed` tells are read by what knows of places."""
+    layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
+    parts = project(layer, x, sizes=sizes)
+    parts = [parts] if sizes is None else parts
+    read = [Reader.apply(part) if known else part * 1 for part, known in zip(parts, placed, strict=True)]
+    for _ in range(backwards):
+        torch.cat(read, dim=-1).backward(dy, retain_graph=True)
+    return {"x": x.grad} | {name: each.grad for name, each in layer.named_parameters() if each.grad is not None}
+
+
+def products_of(monkeypatch, what: str) -> list:
+    calls, real = [], getattr(product, what)
+    monkeypatch.setattr(product, what, lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
+PARTS = {
+    "whole": (None, [True], True),
+    "parts": ((16, 16, 8), [True, True, True], True),
+    "a small one elsewhere": ((24, 12, 4), [True, True, False], True),
+    "a large one elsewhere": ((24, 12, 4), [True, False, True], False),
+    "none": ((24, 16), [False, False], False),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", ["lora", "lora, bias trains", "two adapters"])
+def test_equals_a_product_each(kind, parts, monkeypatch):
+    torch.manual_seed(0)
+    layer, x, dy = LAYERS[kind]().double(), torch.randn(2, 5, IN).double(), torch.randn(2, 5, OUT).double()
+    sizes, placed, as_one = PARTS[parts]
+    expected = run(layer, x, dy, sizes, [False] * len(placed))
+    calls = products_of(monkeypatch, "_above")
+    gradients = run(layer, x, dy, sizes, placed)
+    assert bool(calls) == as_one
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        assert relative_rms(gradients[name], expected[name]) < 1e-14, name
+
+
+@settings(max_examples=15, deadline=None)
+@given(batch=st.integers(0, 3), length=st.integers(0, 4), r=st.integers(1, 9), first=st.integers(1, OUT - 1))
+def test_any_shape(batch, length, r, first):
+    torch.manual_seed(0)
+    layer = adapted().double()
+    layer.lora_A["default"].weight = nn.Parameter(torch.randn(r, IN).double())
+    layer.lora_B["default"].weight = nn.Parameter(torch.randn(OUT, r).double())
+    x, dy = torch.randn(batch, length, IN).double(), torch.randn(batch, length, OUT).double()
+    expected = run(layer, x, dy, (first, OUT - first), [False, False])
+    torch.testing.assert_close(run(layer, x, dy, (first, OUT - first), [True, True]), expected)
+
+
+def test_every_backward_has_a_place_of_its_own():
+    layer, x, dy = adapted(), torch.randn(6, IN), torch.randn(6, OUT)
+    once, twice = (run(layer, x, dy, (30, 10), [True, True], count) for count in (1, 2))
+    for name in once:
+        torch.testing.assert_close(twice[name], 2 * once[name])
+
+
+def test_a_backward_that_stopped_half_way_leaves_the_next_one_its_own():
+    layer, dy = adapted(), torch.randn(6, OUT)
+    x = torch.randn(6, IN, requires_grad=True)
+    first, second = (Reader.apply(each) for each in project(layer, x, sizes=(30, 10)))
+    whole = torch.cat([first, second], dim=-1)
+    handle = second.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        whole.backward(dy, retain_graph=True)
+    handle.remove()
+    x.grad = None
+    whole.backward(2 * dy)
+    assert relative_rms(x.grad, 2 * run(layer, x.detach(), dy, (30, 10), [False, False])["x"]) < 1e-6
+
+
+def test_an_output_that_is_read_twice():
+    layer, dy = adapted(), torch.randn(6, OUT)
+    x = torch.randn(6, IN, requires_grad=True)
+    y = project(layer, x)
+    (Reader.apply(y) + Reader.apply(y) + y).backward(dy)
+    assert relative_rms(x.grad, 3 * run(layer, x.detach(), dy, None, [False])["x"]) < 1e-6
+
+
+def test_there_is_one_large_product():
+    """As this is what the place is for: nothing else of the input's size is made."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is not torch.ops.aten.view.default and getattr(result, "shape", None) == (10, IN):
+                made.append(func.overloadpacket.__name__)
+            return result
+
+    layer = adapted(bias=False)
+    y = Reader.apply(project(layer, torch.randn(10, IN, requires_grad=True)))
+    with Watch():
+        y.backward(torch.randn(10, OUT))
+    assert made.count("mm") == 1 and "addmm_" not in made
+
+
+@pytest.mark.parametrize("change", ["dropout", "no adapter", "frozen input"])
+def test_where_there_is_no_place(change):
+    layer = LAYERS["frozen"]() if change == "no adapter" else adapted(lora_dropout=0.5 if change == "dropout" else 0.0)
+    y = project(layer, torch.randn(3, IN, requires_grad=change != "frozen input"))
+    assert gradient_place(y) is None
+
+
+def test_what_was_collected_is_let_go_of():
+    place = GradientPlace([3, 2], 4)
+    parts = [place.take(part, (2, 5, size), torch.float32, torch.device("cpu")) for part, size in enumerate((3, 2))]
+    assert all(part.stride() == (45, 9, 1) for part in parts)
+    whole = place.collect([part.view(10, -1) for part in parts])
+    assert whole.shape == (10, 9) and whole.data_ptr() == parts[0].data_ptr()
+    assert place.collect([part.view(10, -1) for part in parts]) is None
+
+
+@pytest.mark.parametrize("kind", ["lora", "two adapters"])
+def test_a_narrow_layer_reads_its_input_once(kind, monkeypatch):
+    """The layer's and the adapter's first product as one; on a GPU in half precision alone."""
+    torch.manual_seed(0)
+    layer, dy = LAYERS[kind]().double(), torch.randn(2, 5, OUT).double()
+    base = layer.base_layer
+    base.bias = None
+    x = torch.randn(2, 5, IN).double()
+    expected, of_two = project(layer, x), run(layer, x, dy, None, [False])
+    monkeypatch.setattr(product, "_reads_once", lambda x, weight, bias, A, *_: A is not None)
+    calls = products_of(monkeypatch, "_with_down")
+    y, gradients = project(layer, x), run(layer, x, dy, None, [False])
+    assert len(calls) == 2
+    assert relative_rms(y, expected) < 1e-14
+    for name in of_two:
+        assert relative_rms(gradients[name], of_two[name]) < 1e-14, name
