@@ -6,13 +6,12 @@ time and, for gradients, against it; `scan_chain` joins those into what each sta
 
 import triton.language as tl
 
-from .elementwise import sigmoid
+from .elementwise import LOG2E, sigmoid
 from .scan_programs import RESET, channels_of, kernel, place, program_of, step_size
 from .scan_tiles import (
     advance,
     decay_rates,
     load_states_inside,
-    load_tiles,
     no_state,
     spread,
     state_tiles,
@@ -142,35 +141,38 @@ def scan_ends_backward(
 @kernel
 def scan_chain(
     A, elapsed, h0, index, last, channels, blocks, segments,
-    STATES: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr, HAS_H0: tl.constexpr,
+    STATES: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, HAS_H0: tl.constexpr,
     INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Join segments: overwrite what each leaves behind a zero state, in `last`, by what it starts from.
 
     `last` has a state for each segment of each sequence. REVERSE goes against time, for gradients. `h0`, a state for
     each sequence, is what the first segment (REVERSE: the last one) starts from; INDEXED: `index` says where in h0.
+    A program has SIZE numbers of the state, and loads what it needs of K segments at once.
     """
-    lane = tl.arange(0, 32)
-    block = tl.program_id(0) % blocks
-    sequence = (tl.program_id(0) // blocks).to(tl.int64)
-    tiles, inside = state_tiles(block, channels, STATES, N)
-    a = decay_rates(A, tiles, inside, N, MASKED)
-    h = no_state(N)
+    sequence = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    total = channels * STATES
+    inside = at < total
+    d = at // STATES
+    of_channel = d // 32 * 64 + d % 32
+    a = tl.load(A + at, mask=inside, other=0.0) * LOG2E
+    h = tl.zeros([SIZE], tl.float32)
     if HAS_H0:
         before = sequence
         if INDEXED:
-            before = tl.load(index + sequence)
-        h = load_tiles(h0 + before * channels * STATES, tiles, inside, MASKED)
-    for i in range(0, segments):
-        slot = sequence * segments + (segments - 1 - i if REVERSE else i)
-        program = slot * blocks + block
-        steps = spread(tl.load(elapsed + program * 64 + lane), N)
-        boundary = spread(tl.load(elapsed + program * 64 + 32 + lane), N)
-        own = load_tiles(last + slot * channels * STATES, tiles, inside, MASKED)
-        store_tiles(last + slot * channels * STATES, tiles, inside, h, MASKED)
-        h = (
-            tl.exp2(steps[0] * a[0] + boundary[0]) * h[0] + own[0],
-            tl.exp2(steps[1] * a[1] + boundary[1]) * h[1] + own[1],
-            tl.exp2(steps[2] * a[2] + boundary[2]) * h[2] + own[2],
-            tl.exp2(steps[3] * a[3] + boundary[3]) * h[3] + own[3],
-        )
+            before = tl.load(index + sequence).to(tl.int64)
+        h = tl.load(h0 + before * total + at, mask=inside, other=0.0)
+    for first in range(0, segments, K):
+        own, decays = (), ()
+        for k in tl.static_range(K):
+            slot = sequence * segments + (segments - 1 - first - k if REVERSE else first + k)
+            there = inside & (first + k < segments)
+            own = own + (tl.load(last + slot * total + at, mask=there, other=0.0),)
+            time = tl.load(elapsed + slot * blocks * 64 + of_channel, mask=there, other=0.0)
+            boundary = tl.load(elapsed + slot * blocks * 64 + 32 + of_channel, mask=there, other=0.0)
+            decays = decays + (tl.exp2(time * a + boundary),)
+        for k in tl.static_range(K):
+            slot = sequence * segments + (segments - 1 - first - k if REVERSE else first + k)
+            tl.store(last + slot * total + at, h, mask=inside & (first + k < segments))
+            h = decays[k] * h + own[k]

@@ -46,7 +46,9 @@ BACKWARD_PROGRAMS = 2**14
 # Programs a multiprocessor up to which forward loads ahead: at the registers which that takes, so many run at once.
 FEW_PROGRAMS = 12
 # Up to so many warps a multiprocessor, long sequences are cut: into so many, of so many tokens at least.
-FEW_WARPS, WARPS_WANTED, SHORTEST_SEGMENT = 4, 48, 256
+FEW_WARPS, WARPS_WANTED, SHORTEST_SEGMENT = 8, 96, 256
+# Numbers of the state that a program joins segments for, and of how many segments at once.
+CHAIN_SIZE, CHAIN_SEGMENTS = 64, 8
 
 
 def selective_scan(
@@ -441,13 +443,15 @@ def _chain(
     *,
     reverse: bool,
 ) -> None:
-    scan_chain[(layout.blocks * layout.sequences,)](
+    scan_chain[(cdiv(layout.channels * layout.states, CHAIN_SIZE), layout.sequences)](
         A=given["A"],
         elapsed=elapsed,
         h0=last if h0 is None else h0,
         index=last if index is None else index,
         last=last,
-        **{name: layout.arguments[name] for name in ("channels", "blocks", "segments", "STATES", "N", "MASKED")},
+        **{name: layout.arguments[name] for name in ("channels", "blocks", "segments", "STATES")},
+        SIZE=CHAIN_SIZE,
+        K=CHAIN_SEGMENTS,
         REVERSE=reverse,
         HAS_H0=h0 is not None,
         INDEXED=index is not None,
