@@ -194,8 +194,8 @@ def backward(
     d_residual: Tensor | None,
     for_weight: bool,
     added: torch.dtype | None,
-    place_added: Place = None,
-    place_gate: Place = None,
+    place_added: Place | None = None,
+    place_gate: Place | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (that of the residual added), of `added`, of the weight if asked for, and of a gate.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 
 # An attribute of a tensor that has room: columns behind each row. No other tensor on the same memory has it.
 _ROOM = "_columns_behind"
-# An attribute of a layer's output: the `GradientPlace` of its gradient, and which of the outputs it is.
+# An attribute of a tensor: the `Place` of its gradient.
 _PLACE = "_gradient_place"
 HALF = (torch.float16, torch.bfloat16)
 # Tensor cores take rows that begin at multiples of 16 bytes, and Triton whole vectors where that is 16 numbers.
@@ -47,6 +47,14 @@ def with_room(shape: Sequence[int], columns: int, dtype: torch.dtype, device: to
     x = shares(whole, shape, whole.stride(), 0)
     setattr(x, _ROOM, columns)
     return x
+
+
+def seen_as(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """`x.view(shape)`, with the room that x has."""
+    viewed = x.view(shape)
+    if columns := getattr(x, _ROOM, 0):
+        setattr(viewed, _ROOM, columns)
+    return viewed
 
 
 def with_columns(x: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
@@ -91,15 +99,27 @@ class GradientPlace:
         self._whole: Tensor | None = None
         self._taken: set[int] = set()
 
-    def take(self, part: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory of this shape for the gradient of one of the outputs."""
+    def take(
+        self, part: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device, lent: bool = False
+    ) -> Tensor:
+        """Uninitialised memory of this shape for the gradient of one of the outputs.
+
+        Args:
+            lent: for something else, of no more use once that gradient is made.
+        """
         rows, whole = math.prod(shape[:-1]), self._whole
         if whole is None or part in self._taken or (len(whole), whole.dtype, whole.device) != (rows, dtype, device):
             whole = torch.empty(rows, self._bounds[-1] + self.columns, dtype=dtype, device=device)
             self._whole, self._taken = whole, set()
-        self._taken.add(part)
+        if not lent:
+            self._taken.add(part)
         begin, end = self._bounds[part : part + 2]
         return shares(whole, (rows, end - begin), whole.stride(), begin).view(shape)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it lies in memory that has been taken."""
+        whole = self._whole
+        return whole is not None and whole.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
     def collect(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """(rows, Σ sizes + columns) with all gradients in it, None if most are elsewhere; the memory is let go of.
@@ -123,26 +143,38 @@ class GradientPlace:
         return whole
 
 
-# Of one tensor's gradient: where, and which of the layer's outputs the tensor is. None: nowhere in particular.
-Place: TypeAlias = "tuple[GradientPlace, int] | None"
+class Place(NamedTuple):
+    """Of the gradient of one tensor: which memory, which of the layer's outputs, and whether it is only lent."""
+
+    memory: GradientPlace
+    part: int
+    lent: bool = False
 
 
-def set_gradient_place(y: Tensor, place: GradientPlace, part: int) -> None:
-    """Let whatever computes the gradient of `y` write it to that place: `new_gradient`."""
-    setattr(y, _PLACE, (place, part))
+def set_gradient_place(y: Tensor, place: Place | None) -> Tensor:
+    """`y`, whose gradient is to be written to that place by whatever computes it: `new_gradient`."""
+    if place is not None:
+        setattr(y, _PLACE, place)
+    return y
 
 
-def gradient_place(y: Tensor | None) -> Place:
+def gradient_place(y: Tensor | None) -> Place | None:
     """For `new_gradient`, in the backward of what reads `y`; None: it has none."""
     return getattr(y, _PLACE, None)
 
 
-def new_gradient(place: Place, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory for a gradient of `like`'s shape, contiguous or, in a place, in rows that lie apart."""
+def new_gradient(
+    place: Place | None, like: Tensor, dtype: torch.dtype | None = None, reads: Tensor | None = None
+) -> Tensor:
+    """Uninitialised memory for a gradient of `like`'s shape, contiguous or, in a place, in rows that lie apart.
+
+    Args:
+        reads: what the gradient is computed from; where that lies in the place itself, the gradient must not.
+    """
     dtype = dtype or like.dtype
-    if place is None:
+    if place is None or (reads is not None and place.memory.holds(reads)):
         return torch.empty(like.shape, dtype=dtype, device=like.device)
-    return place[0].take(place[1], like.shape, dtype, like.device)
+    return place.memory.take(place.part, like.shape, dtype, like.device, place.lent)
 
 
 def as_gradient_of(y: Tensor, dy: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from transformers.models.mamba import modeling_mamba
 
 from .. import kernels
 from ..frozen import from_weights
-from ..kernels.room import gradient_place, set_gradient_place
-from .projection import draws, project
+from ..kernels.room import gradient_place, seen_as, set_gradient_place, with_room
+from .projection import columns_for, draws, project
 from .recomputation import can_be_remade, remakes_some
 from .sequences import PackedSequences, Part
 from .state import CachedMixer, MixerState, decay_rates, inputs_before, state_after
@@ -58,6 +58,8 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         u = convolve()
         can_be_remade(u, convolve)
         selected, u = project(self.x_proj, u, through=True)
+        if (place := gradient_place(x)) is not None:  # which the gradient of u is one of the way to
+            set_gradient_place(u, place._replace(lent=True))
         time_step, B, C = selected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast, inside the scan.
         delta = project(self.dt_proj, time_step, bias=False)
@@ -77,10 +79,8 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         if cu_seqlens is not None and seq_idx is not None:
             # Documents side by side; with seq_idx a scan goes through all of a row one after the other.
-            place = gradient_place(z)
-            u, delta, B, C, z = (each.flatten(0, 1)[None] for each in (u, delta, B, C, z))
-            if place is not None:
-                set_gradient_place(z, *place)
+            u, z = (set_gradient_place(each.flatten(0, 1)[None], gradient_place(each)) for each in (u, z))
+            delta, B, C = (each.flatten(0, 1)[None] for each in (delta, B, C))
         else:
             rows |= {
                 "initial_state": None if initial_state is None else initial_state.ssm,
@@ -88,8 +88,10 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
                 "seq_idx": seq_idx,
                 "return_final_state": return_final_state,
             }
-        y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, **rows)
-        y = y.view(*hidden_states.shape[:2], self.intermediate_size)
+        columns = columns_for(self.out_proj, u, u.dtype)
+        out = with_room(u.shape, columns, u.dtype, u.device) if columns else None
+        y, ssm = kernels.selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, out=out, **rows)
+        y = seen_as(y, (*hidden_states.shape[:2], self.intermediate_size))
         state = None
         if return_final_state and ssm is not None:
             state = state_after(x, ssm, initial_state, lengths, self.conv_kernel_size)

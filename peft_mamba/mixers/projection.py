@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.modules import module as _global
 
 from ..frozen import from_weights
-from ..kernels.room import HALF, GradientPlace, set_gradient_place, useful
+from ..kernels.room import HALF, GradientPlace, Place, set_gradient_place, useful
 from .linear import Linear
 from .product import Product, Room, scaled
 from .recomputation import runs_again
@@ -111,7 +111,7 @@ def project(
         )
         if place is not None:
             for part, each in enumerate(parts):
-                set_gradient_place(each, place, part)
+                set_gradient_place(each, Place(place, part))
         y = parts[0] if sizes is None else tuple(parts)
     return (y, x if same is None else same) if through else y
 

@@ -194,7 +194,7 @@ def test_a_forward_that_began_too_early_leaves_nothing(change, replays, monkeypa
     for each in (model, other):
         torch.cuda.manual_seed(1)
         seen.append(losses(each, [batch(4)], precision=None))
-    assert_same(*seen, 1e-5)
+    assert_same(*seen, 1e-4)
     assert len(replays) == 2 and begun == [True, change != "moved"]
 
 

@@ -17,9 +17,9 @@ UNWRITTEN = 77.0
 class Poisoned(room.GradientPlace):
     """Memory that is not written to can be told."""
 
-    def take(self, part, shape, dtype, device):
+    def take(self, *args):
         new = self._whole is None
-        memory = super().take(part, shape, dtype, device)
+        memory = super().take(*args)
         if new:
             self._whole.fill_(UNWRITTEN)
         return memory
@@ -37,7 +37,7 @@ def gradients(run, inputs, named, places):
         for name, each in inputs.items()
     }
     for name, place in zip(named, places, strict=False):
-        room.set_gradient_place(inputs[name], place, 1)
+        room.set_gradient_place(inputs[name], room.Place(place, 1))
     y = run(**inputs)
     torch.manual_seed(3)
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
@@ -74,7 +74,7 @@ def test_the_scan(device, rows, places):
     inputs = {name: each.to(device).requires_grad_() for name, each in tensors.items() if each is not None}
     inputs = {name: each for name, each in inputs.items() if name != "initial_state"}
     more = {name: each.to(device) for name, each in more.items()}
-    compare(lambda **inputs: triton.selective_scan(**inputs, **more)[0], inputs, ["z"], places)
+    compare(lambda **inputs: triton.selective_scan(**inputs, **more)[0], inputs, ["u", "z"], places)
 
 
 @pytest.mark.parametrize("gated", [False, True])

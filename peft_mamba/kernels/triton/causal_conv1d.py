@@ -83,7 +83,7 @@ class _CausalConv1d(torch.autograd.Function):
         tokens = _summed_tokens(x) if need_weight else TOKENS
         strips = cdiv(length, tokens)
         switches = _switches(weight, bias, ctx.silu, seq_idx, cu_seqlens)
-        dx = new_gradient(ctx.place, x) if need_x else None
+        dx = new_gradient(ctx.place, x, reads=dy) if need_x else None
         dweight = dbias = dinitial = None
         with torch.cuda.device_of(x):
             if need_x or need_weight:

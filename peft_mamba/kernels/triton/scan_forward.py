@@ -22,7 +22,7 @@ from .scan_tiles import (
 @kernel
 def scan_forward(
     u, delta, A, B, C, D, z, bias, resets, lengths, cu_seqlens, h0, index, y, checkpoints, last,
-    stride_u, stride_delta, stride_z, length, channels, blocks, offset, segments, split, waves, programs,
+    stride_u, stride_delta, stride_z, stride_y, length, channels, blocks, offset, segments, split, waves, programs,
     STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_H0: tl.constexpr, INDEXED: tl.constexpr,
@@ -57,7 +57,7 @@ def scan_forward(
     u += row * stride_u
     delta += row * stride_delta
     z += row * stride_z
-    y += row * channels
+    y += row * stride_y
     B += row * N
     C += row * N
     resets += row
@@ -95,8 +95,8 @@ def scan_forward(
                 h, xs[k], raws[k] + bias_d, gates[k], bs[k], cs[k], a, skip, t + k, limit, resets,
                 N, HAS_Z, HAS_RESETS, HAS_LENGTHS,
             )  # fmt: skip
-            tl.store(y + k * channels + d, out.to(y.dtype.element_ty), mask=d_ok)
-        y += K * channels
+            tl.store(y + k * stride_y + d, out.to(y.dtype.element_ty), mask=d_ok)
+        y += K * stride_y
         if AHEAD:
             xs, raws, gates = values(next_xs, u, K), values(next_raws, delta, K), values(next_gates, z, K)
             after = tl.minimum(t + 2 * K, whole - K).to(tl.int64)
@@ -130,7 +130,7 @@ def scan_forward(
         u += stride_u
         delta += stride_delta
         z += stride_z
-        y += channels
+        y += stride_y
         B_t += N
         C_t += N
     if LAST:

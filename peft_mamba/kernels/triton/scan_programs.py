@@ -18,7 +18,8 @@ RESET = tl.constexpr(-1.0e30)
 # states gain by that, and lengths that differ from batch to batch would each cost seconds.
 NUMBERS = [
     *("length", "channels", "blocks", "offset", "segments", "split", "waves", "programs"),
-    *("stride_u", "stride_delta", "stride_z", "stride_dy", "stride_du", "stride_ddelta", "stride_dz"),
+    *("stride_u", "stride_delta", "stride_z", "stride_y"),
+    *("stride_dy", "stride_du", "stride_ddelta", "stride_dz"),
 ]
 POINTERS = [
     *("u", "delta", "z", "y", "dy", "du", "ddelta", "dz", "dBC", "D", "bias", "dD", "dbias", "elapsed"),

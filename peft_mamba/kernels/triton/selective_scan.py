@@ -38,7 +38,7 @@ RESERVED_BYTES = 1024
 # a multiprocessor, else in global memory.
 SHARED_PROGRAMS = 8
 # Arguments that are rows of channels, with a stride.
-ROWS = {"u", "delta", "z", "dy", "du", "ddelta", "dz"}
+ROWS = {"u", "delta", "z", "y", "dy", "du", "ddelta", "dz"}
 # What a kernel is told of the arguments that may be absent.
 FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets", "HAS_LENGTHS": "lengths"}
 # Programs of one launch of backward at up to 16 states, at more fewer, which bounds its scratch memory (16 KiB each).
@@ -102,8 +102,10 @@ def selective_scan(
     resets = None if starts is None else starts.to(torch.uint8)
     given = u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, return_final_state
     if torch.is_grad_enabled():
-        y, final_state = _SelectiveScan.apply(*given)
-        return put(y, out), final_state
+        # In a tuple, as to autograd it is no input but what comes out; a part of something else is, and is copied to.
+        into = (None if out is None or out._is_view() else out,)
+        y, final_state = _SelectiveScan.apply(*given, into)
+        return (y if into[0] is not None else put(y, out)), final_state
     scan = _forward(*given, initial_index=initial_index, out=out)
     return scan.y, scan.final_state
 
@@ -293,12 +295,13 @@ def _forward(
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final):
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final, into):
         scan = _forward(
             *(u, delta, A, B, C, D, z, delta_bias, initial_state, lengths, resets, cu_seqlens, want_final),
+            out=into[0],
             save=any(ctx.needs_input_grad),
         )
-        ctx.layout, ctx.place_z = scan.layout, gradient_place(z)
+        ctx.layout, ctx.places = scan.layout, (gradient_place(u), gradient_place(z))
         ctx.dtypes = [None if x is None else x.dtype for x in (A, B, C, D, delta_bias, initial_state)]
         ctx.names = list(scan.given)
         ctx.save_for_backward(*scan.given.values(), scan.checkpoints, scan.elapsed)
@@ -314,8 +317,9 @@ class _SelectiveScan(torch.autograd.Function):
         u, delta, z = given["u"], given["delta"], given["z"]
         dy = torch.zeros_like(u) if dy is None else _rows(dy)
         _, _, needs_A, needs_B, needs_C, needs_D, _, needs_bias, needs_h0, *_ = ctx.needs_input_grad
-        du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
-        dz = None if z is None else new_gradient(ctx.place_z, z)
+        place_u, place_z = ctx.places
+        du, ddelta = new_gradient(place_u, u, reads=dy), delta.new_empty(delta.shape)
+        dz = None if z is None else new_gradient(place_z, z, reads=dy)
         tokens = u.shape[0] * u.shape[1]
         shares = u.new_empty((tokens, layout.blocks, 2, layout.N), dtype=torch.float32)
         dlast = None if d_final is None else d_final.float().contiguous()
@@ -381,7 +385,7 @@ class _SelectiveScan(torch.autograd.Function):
             dz,
             sums["dbias"][0, : layout.channels].to(type_bias) if needs_bias else None,
             None if dh0 is None else dh0.unflatten(0, (layout.sequences, layout.segments))[:, 0].to(type_h0),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
