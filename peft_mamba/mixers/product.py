@@ -42,11 +42,15 @@ def scaled(weight: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(weight, scaling, out=torch.empty_like(weight, dtype=dtype))
 
 
+def is_narrow(weight: Tensor, A: Tensor | None) -> bool:
+    """Whether an adapted layer has so few outputs that x Wᵀ and x Aᵀ in one product take half as long as apart."""
+    return A is not None and len(weight) + len(A) <= FEW_OUTPUTS
+
+
 def _reads_once(x: Tensor, weight: Tensor, bias: Tensor | None, A: Any, dropout: float, parts: list[int]) -> bool:
-    """Whether x Wᵀ and x Aᵀ are so small that one product is half of the two."""
-    if A is None or bias is not None or dropout or len(parts) > 1 or x.dtype not in HALF or not x.is_cuda:
-        return False
-    return len(weight) + len(A) <= FEW_OUTPUTS
+    """Whether x Wᵀ and x Aᵀ are made in one product."""
+    plain = bias is None and not dropout and len(parts) == 1
+    return plain and x.is_cuda and x.dtype in HALF and is_narrow(weight, A)
 
 
 def _with_down(rows: Tensor, weight: Tensor, A: Tensor, up: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch.nn.modules import module as _global
 from ..frozen import from_weights
 from ..kernels.room import HALF, GradientPlace, Place, set_gradient_place, useful
 from .linear import Linear
-from .product import Product, Room, scaled
+from .product import Product, Room, is_narrow, scaled
 from .recomputation import runs_again
 
 Tensor = torch.Tensor
@@ -177,10 +177,10 @@ def columns_for(linear: nn.Module, x: Tensor, dtype: torch.dtype | None) -> int:
 
 def room_for(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Room:
     """What `linear`'s weight gains by in training if it is free behind it."""
-    columns = columns_for(linear, x, dtype)
-    known = plain(linear)
-    below = known is not None and columns and _gradient_place(known, x, dtype, None) is not None
-    return Room(columns, columns if below else 0)
+    columns, known = columns_for(linear, x, dtype), plain(linear)
+    if not columns or known is None or is_narrow(known.weight, known.A):
+        return Room()
+    return Room(columns, columns if _gradient_place(known, x, dtype, None) is not None else 0)
 
 
 def _gradient_place(layer: Plain, x: Tensor, dtype: torch.dtype, sizes: Sequence[int] | None) -> GradientPlace | None:

@@ -24,6 +24,7 @@ from .tiny import relative_rms
 @pytest.fixture(autouse=True)
 def also_on_a_cpu(monkeypatch):
     monkeypatch.setattr(projection, "useful", lambda *_: True)
+    monkeypatch.setattr(product, "FEW_OUTPUTS", 0)
 
 
 def with_room(x: torch.Tensor, columns: int) -> torch.Tensor:
