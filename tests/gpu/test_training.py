@@ -194,8 +194,8 @@ def test_the_input_gradient_of_an_adapted_layer_is_one_product(family, level, ho
             if not one_product:
                 patch.setattr(projection, "useful", lambda *_: False)
                 patch.setattr(product, "_reads_once", lambda *_: False)
-            sizes = {"hidden_size": 128, "num_heads": 16, "n_groups": 1} if family == "mamba2" else {}
-            model = tiny_model(family, **sizes)
+            own = {"num_heads": 16, "n_groups": 1} if family == "mamba2" else {}
+            model = tiny_model(family, hidden_size=128, **own)
             model = get_peft_model(model, MambaLoraConfig(r=16, lora_alpha=32, preset="sll")).cuda().train()
             randomise_adapters(model)
             recompute(model, level)
