@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .elementwise import finished
 from .ssd_chunks import (
     VARYING,
     decay_between,
@@ -153,7 +154,7 @@ def through_state(
         tl.store(passed + (part + mine) * Q + q, tl.sum(read * own, 1) * factor)
         if BACK:
             factor *= tl.load(step + mine * Q + q)
-        total = tl.dot((own * factor[:, None]).to(DOT), columns.to(DOT), acc=total, input_precision=INPUT)
+        total = finished(tl.dot((own * factor[:, None]).to(DOT), columns.to(DOT), acc=total, input_precision=INPUT))
     return total
 
 
