@@ -128,7 +128,7 @@ class GradientPlace:
             gradients: (rows, size) of every output.
         """
         whole, self._whole = self._whole, None
-        if whole is None or whole.dtype != gradients[0].dtype or len(whole) != len(gradients[0]):
+        if whole is None:
             return None
         places = [whole[:, begin:end] for begin, end in itertools.pairwise(self._bounds)]
         others = [

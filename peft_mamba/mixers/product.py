@@ -167,7 +167,7 @@ class Product(torch.autograd.Function):
             present = [(part, dy.to(dtype).reshape(-1, dy.shape[-1])) for part, dy in _parts(ctx.parts, of_parts)]
             wants_q = for_A or (for_x and down is not None)
             whole = None
-            if ctx.place is not None and for_x and d_through is None and len(present) == len(ctx.parts):
+            if ctx.place is not None and for_x and len(present) == len(ctx.parts):
                 whole = ctx.place.collect([dy for _, dy in present])
             # Where the gradients have room behind them, q is a part of their product with the weight.
             behind = None if whole is None else whole[:, whole.shape[1] - down.shape[0] :]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_mamba.kernels.room import GradientPlace, gradient_place, new_gradient
+from peft_mamba.kernels.room import GradientPlace, Place, gradient_place, new_gradient, seen_as, with_columns, with_room
 from peft_mamba.mixers import product, projection
 from peft_mamba.mixers.projection import project
 
@@ -115,8 +115,8 @@ def test_an_output_that_is_read_twice():
     layer, dy = adapted(), torch.randn(6, OUT)
     x = torch.randn(6, IN, requires_grad=True)
     y = project(layer, x)
-    (Reader.apply(y) + Reader.apply(y) + y).backward(dy)
-    assert relative_rms(x.grad, 3 * run(layer, x.detach(), dy, None, [False])["x"]) < 1e-6
+    (2 * Reader.apply(y) + 3 * Reader.apply(y)).backward(dy)
+    assert relative_rms(x.grad, 5 * run(layer, x.detach(), dy, None, [False])["x"]) < 1e-6
 
 
 def test_there_is_one_large_product():
@@ -151,6 +151,64 @@ def test_what_was_collected_is_let_go_of():
     whole = place.collect([part.view(10, -1) for part in parts])
     assert whole.shape == (10, 9) and whole.data_ptr() == parts[0].data_ptr()
     assert place.collect([part.view(10, -1) for part in parts]) is None
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 2), torch.float32), ((2, 5, 2), torch.float64)])
+def test_gradients_that_are_unlike_do_not_share_memory(shape, dtype):
+    place = GradientPlace([3, 2], 4)
+    first = place.take(0, (2, 5, 3), torch.float32, torch.device("cpu"))
+    second = place.take(1, shape, dtype, torch.device("cpu"))
+    assert second.shape == shape and second.dtype == dtype
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert place.collect([first.view(10, 3), torch.zeros(10, 2)]) is None
+
+
+def test_a_part_that_nothing_reads():
+    """The gradient of that part is None, and the others have no product of their own with all of the weight."""
+    layer, dy = adapted(), torch.randn(6, 30)
+    x = torch.randn(6, IN, requires_grad=True)
+    Reader.apply(project(layer, x, sizes=(30, 10))[0]).backward(dy)
+    whole = torch.cat([dy, torch.zeros(6, 10)], dim=1)
+    assert relative_rms(x.grad, run(layer, x.detach(), whole, None, [False])["x"]) < 1e-6
+
+
+def test_what_lies_behind_a_weight_that_was_moved_is_not_written_to():
+    others = torch.ones(7, 5)
+    weight, down = others[:4], torch.full((3, 5), 2.0)
+    above = product._above(weight, down, product.Room(columns=3, rows=3))
+    assert (others == 1).all() and torch.equal(above, torch.cat([weight, down]))
+    held = with_room((4, 5), 3, torch.float32, torch.device("cpu"), rows=3)
+    assert held.untyped_storage().nbytes() == (4 + 3) * (5 + 3) * 4
+    held.fill_(1)
+    above = product._above(held, down, product.Room(columns=3, rows=3))
+    assert above.data_ptr() == held.data_ptr() and torch.equal(above, torch.cat([weight, down]))
+
+
+def test_memory_that_is_lent_is_that_of_the_gradient_to_come():
+    place = GradientPlace([3, 2], 4)
+    like = torch.zeros(2, 5, 3)
+    lent = new_gradient(Place(place, 0, lent=True), like)
+    beside = new_gradient(Place(place, 1), torch.zeros(2, 5, 2))
+    first = new_gradient(Place(place, 0), like)
+    assert lent.data_ptr() == first.data_ptr() and beside.data_ptr() == first.data_ptr() + 3 * 4
+    assert place.collect([first.view(10, -1), beside.view(10, -1)]) is not None
+
+
+def test_a_gradient_is_not_written_over_what_it_is_computed_from():
+    place = GradientPlace([3], 4)
+    like = torch.zeros(2, 5, 3)
+    lent = new_gradient(Place(place, 0, lent=True), like)
+    own = new_gradient(Place(place, 0), like, reads=lent.view(10, 3))
+    assert own.untyped_storage().data_ptr() != lent.untyped_storage().data_ptr() and own.is_contiguous()
+    assert new_gradient(Place(place, 0), like, reads=own).data_ptr() == lent.data_ptr()
+
+
+def test_a_view_has_the_room_of_what_it_shows():
+    x = with_room((1, 10, 3), 4, torch.float32, torch.device("cpu"))
+    viewed = seen_as(x, (2, 5, 3))
+    (whole, room), (same, _) = with_columns(viewed, 4), with_columns(x, 4)
+    assert whole.shape == same.shape == (10, 7) and whole.data_ptr() == same.data_ptr() and room.shape == (10, 4)
+    assert with_columns(seen_as(torch.zeros(1, 10, 3), (2, 5, 3)), 4) is None
 
 
 @pytest.mark.parametrize("kind", ["lora", "two adapters"])
