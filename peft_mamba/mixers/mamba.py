@@ -58,7 +58,7 @@ class MambaMixer(CachedMixer, modeling_mamba.MambaMixer):
         u = convolve()
         can_be_remade(u, convolve)
         selected, u = project(self.x_proj, u, through=True)
-        if (place := gradient_place(x)) is not None:  # which the gradient of u is one of the way to
+        if (place := gradient_place(x)) is not None:  # x's gradient is made when u's is of no more use
             set_gradient_place(u, place._replace(lent=True))
         time_step, B, C = selected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         # The bias and softplus of the step size stay in float32 under autocast, inside the scan.
