@@ -312,6 +312,20 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class OfShape(TorchDispatchMode):
+    """Names of what makes something of this shape, views left out."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.view.default and getattr(result, "shape", None) == self.shape:
+            self.names.append(function.overloadpacket.__name__)
+        return result
+
+
 class Shapes(TorchDispatchMode):
     """Size and dtype of everything that is computed, views of `apart_from` left out."""
 
