@@ -90,9 +90,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, gate, rstd)
         ctx.set_materialize_grads(False)
         ctx.added = added.dtype if ctx.needs_input_grad[1] else None
-        ctx.places = (
-            {} if ctx.kernels is None else {"place_added": gradient_place(added), "place_gate": gradient_place(gate)}
-        )
+        ctx.places = gradient_place(added), gradient_place(gate)
         return (y, x) if residual else (y, None)
 
     @staticmethod
@@ -102,10 +100,9 @@ class _RMSNorm(torch.autograd.Function):
             d_added = None if d_residual is None or ctx.added is None else d_residual.to(ctx.added)
             return d_residual, d_added, *[None] * 7
         x, weight, gate, rstd = ctx.saved_tensors
-        backward = _backward if ctx.kernels is None else ctx.kernels.backward
         for_weight = ctx.needs_input_grad[2]
         given = dy, x, weight, gate, rstd, ctx.group_size, d_residual, for_weight, ctx.added
-        gradients = backward(*given, **ctx.places)
+        gradients = _backward(*given) if ctx.kernels is None else ctx.kernels.backward(*given, *ctx.places)
         return *gradients, *[None] * 5
 
 

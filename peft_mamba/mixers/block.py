@@ -15,7 +15,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..kernels.norm import rms_norm, rms_norm_residual
-from ..kernels.room import gradient_place, new_gradient
+from ..kernels.room import as_gradient_of, gradient_place, set_gradient_place
 from .projection import columns_for, draws, hooked, is_adapted, plain
 from .recomputation import DEFAULT, Checkpoints, Remakes, can_be_remade, checkpointed, in_other_hands
 
@@ -163,13 +163,14 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, added):
-        ctx.dtype, ctx.like, ctx.place = x.dtype, added.new_empty(1).expand(added.shape), gradient_place(added)
+        ctx.dtype = x.dtype
+        ctx.like = set_gradient_place(added.new_empty(1).expand(added.shape), gradient_place(added))
         return x + added
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]  # mypy sees the decorator, not the method
-        return dy.to(ctx.dtype), new_gradient(ctx.place, ctx.like).copy_(dy)
+        return dy.to(ctx.dtype), as_gradient_of(ctx.like, dy)
 
 
 class MambaBlock(Block, modeling_mamba.MambaBlock):

@@ -189,8 +189,7 @@ class _StackGraph:
         device = hidden_states.device
         self._generator = _generator(device)
         self._drawn: int | None = None  # random numbers drawn before a forward that has begun
-        every = (each for module in _walk(blocks) for each in module._parameters.values())
-        self._read = [each for each in every if each is not None]  # held, so that their memory is there
+        self._read = _weights(blocks)  # held, so that their memory is there
         self._addresses = [each.data_ptr() for each in self._read]
         self._x = hidden_states.detach().clone().requires_grad_(hidden_states.requires_grad)
         self._inputs = {name: _room_for(name, tensor) for name, tensor in inputs.items()}
@@ -357,10 +356,15 @@ def _walk(blocks: list[Any]) -> Iterator[nn.Module]:
             stack.extend(each for each in held.values() if each is not None)
 
 
+def _weights(blocks: list[Block]) -> list[nn.Parameter]:
+    """All of them, each once."""
+    every = (each for module in _walk(blocks) for each in module._parameters.values())
+    return list(dict.fromkeys(each for each in every if each is not None))
+
+
 def _trained(blocks: list[Block]) -> list[nn.Parameter]:
     """Weights that get a gradient, each once."""
-    every = (each for module in _walk(blocks) for each in module._parameters.values())
-    return list(dict.fromkeys(each for each in every if each is not None and each.requires_grad))
+    return [each for each in _weights(blocks) if each.requires_grad]
 
 
 @contextlib.contextmanager
@@ -448,8 +452,7 @@ def _why_not(blocks: list[Block]) -> str | None:
     trained = _trained(blocks)
     if not trained:
         return "no weight of the layers is trained"
-    weights = {each for module in _walk(blocks) for each in module._parameters.values() if each is not None}
-    if sum(each.numel() for each in trained) > MOST_TRAINED * sum(each.numel() for each in weights):
+    if sum(each.numel() for each in trained) > MOST_TRAINED * sum(each.numel() for each in _weights(blocks)):
         return f"more than {MOST_TRAINED:.0%} of the layers' weights are trained, whose gradients it would hold twice"
     if len({(each.dtype, each.device) for each in trained}) > 1:
         return "the trained weights have several dtypes or lie on several devices"

@@ -53,6 +53,11 @@ def _reads_once(x: Tensor, weight: Tensor, bias: Tensor | None, A: Any, dropout:
     return plain and x.is_cuda and x.dtype in HALF and is_narrow(weight, A)
 
 
+def sum_of_products(rows: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, up: Tensor) -> Tensor:
+    """rows Wᵀ + bias + t upᵀ, the small product first: to read it as well costs the large one no time."""
+    return F.linear(t, up, bias).addmm_(rows, weight.t())
+
+
 def _with_down(rows: Tensor, weight: Tensor, A: Tensor, up: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The output, W, A and t = x Aᵀ from one product x [W; A]ᵀ, of which the output takes the memory."""
     size = len(weight)
@@ -125,7 +130,7 @@ class Product(torch.autograd.Function):
                     if dropout:
                         kept, mask = torch.native_dropout(rows, dropout, True)
                     t = torch.mm(kept, down.t(), out=None if room is None else room[1])
-                offsets = [None] * len(parts) if bias is None else bias.to(dtype).split(parts)
+                offsets = [None] * len(parts) if bias is None or not product else bias.to(dtype).split(parts)
                 if not product:
                     outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
                 elif room is not None:
@@ -133,14 +138,11 @@ class Product(torch.autograd.Function):
                     outputs = [F.linear(room[0], w, b) for w, b in zip(W.split(parts), offsets, strict=True)]
                     W = weight if weight.dtype == dtype else W[:, : x.shape[-1]]
                     t = t.clone() if remakes_some() else t  # which may let go of x, and of all that shares its memory
+                elif up is None:
+                    outputs = [F.linear(rows, w, b) for w, b in zip(W.split(parts), offsets, strict=True)]
                 else:
-                    ups = [None] * len(parts) if up is None else up.split(parts)
-                    outputs = []
-                    for columns, offset, rise in zip(W.split(parts), offsets, ups, strict=True):
-                        if rise is None:
-                            outputs.append(F.linear(rows, columns, offset))
-                        else:  # the small product first: to read it as well costs the large one no time
-                            outputs.append(F.linear(t, rise, offset).addmm_(rows, columns.t()))
+                    of_parts = zip(W.split(parts), offsets, up.split(parts), strict=True)
+                    outputs = [sum_of_products(rows, w, b, t, rise) for w, b, rise in of_parts]
         # The copy of a weight lives on where its backward comes next, and is made again where that is far.
         ctx.save_for_backward(x, W if runs_again() else weight, down, up, t, mask)
         ctx.set_materialize_grads(False)

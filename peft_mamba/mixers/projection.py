@@ -28,7 +28,7 @@ from torch.nn.modules import module as _global
 from ..frozen import from_weights
 from ..kernels.room import HALF, GradientPlace, Place, set_gradient_place, useful
 from .linear import Linear
-from .product import Product, Room, is_narrow, scaled
+from .product import Product, Room, is_narrow, scaled, sum_of_products
 from .recomputation import runs_again
 
 Tensor = torch.Tensor
@@ -257,8 +257,8 @@ def _infer(x: Tensor, layer: Plain, bias: Tensor | None, fast: bool) -> Tensor:
         up = _cast(layer.B, x.dtype, layer.scaling)
         if fast:
             y = product(rows, weight, bias).addmm_(t, up.t())
-        else:  # the small product first: to read it as well costs the large one no time
-            y = F.linear(t, up, bias).addmm_(rows, weight.t())
+        else:
+            y = sum_of_products(rows, weight, bias, t, up)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
