@@ -27,6 +27,7 @@ CASES = {
     "bf16": Case(dtype=torch.bfloat16, length=21),
     "fp16": Case(dtype=torch.float16, length=21),
     "segments": Case(batch=1, length=80, channels=8, states=4, stateful=True),
+    "segments of several blocks": Case(batch=1, length=80, channels=40, states=4, stateful=True),
     "segments with documents": Case(batch=1, length=80, channels=8, states=4, stateful=True, rows="seq_idx"),
     "segments of packed rows": Case(batch=2, length=50, channels=8, states=4, stateful=True, rows="packed"),
     "segments with padding": Case(batch=1, length=80, channels=8, states=4, stateful=True, rows="lengths"),
@@ -41,6 +42,7 @@ def scan():
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(scan, device, name, monkeypatch):
     monkeypatch.setattr(scan, "SHORTEST_SEGMENT", 32)
+    monkeypatch.setattr(scan, "CHAIN_SEGMENTS", 2)  # fewer than there are
     check(scan.selective_scan, CASES[name], device)
 
 
