@@ -31,8 +31,9 @@ SCANS = [
     *((dtype, kind, True) for dtype in (FLOAT32, BFLOAT16) for kind in ROWS),
     *((dtype, "whole", False) for dtype in (FLOAT32, FLOAT16, BFLOAT16)),
     *((FLOAT16, kind, True) for kind in ("padded", "documents", "packed")),
+    (BFLOAT16, "packed", False),
 ]
-CASES = {"convolution": 32, "scan": 24, "step": 16}  # shapes for each: 704 + 336 + 48
+CASES = {"convolution": 32, "scan": 24, "step": 16}  # shapes for each: 704 + 360 + 48
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +77,17 @@ def test_scan(dtype, kind, initial, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["documents", "packed"])
-@pytest.mark.parametrize("heads, head_size, state_size", [(4, 16, 16), (8, 16, 32), (4, 32, 256), (4, 128, 64)])
+@pytest.mark.parametrize(
+    "heads, head_size, state_size", [(4, 16, 16), (8, 16, 32), (4, 32, 64), (4, 32, 256), (4, 128, 64)]
+)
 def test_scan_of_other_sizes(heads, head_size, state_size, kind):
     for dtype in (FLOAT32, BFLOAT16):
         for seed, length in enumerate((1, 64, 150)):
             torch.manual_seed(seed)
             groups = 1 if seed % 2 else 2
-            compare(run_scan, "ssd", *ssd_case(kind, 2, length, heads, groups, head_size, state_size), dtype, "cuda")
+            sizes = (2, length, heads, groups, head_size, state_size)
+            for initial in (True, False):
+                compare(run_scan, "ssd", *ssd_case(kind, *sizes, initial=initial), dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])

@@ -1,4 +1,5 @@
-"""What a kernel is compiled to for sm_90, for which no GPU is needed: of races, results show little and late."""
+"""What kernels are compiled to for sm_90, for which no GPU is needed: of races and wrong addresses, results show little
+and late."""
 
 from __future__ import annotations
 
@@ -10,43 +11,26 @@ import sys
 
 import pytest
 
-# In a process of its own, where Triton compiles and does not interpret.
-COMPILES = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from peft_mamba.kernels.triton import ssd, ssd_backward
-import triton.language as tl
+# Beside the bits of how a tile is swizzled, the upper half of an operand's descriptor is the distance of its groups.
+UPPER_HALF = re.compile(r"UIADD3\.X UR\d+, (UR\w+), -?0x(?:40000040|7fffffe0|3ffffff0)\b")
 
-kernel = ssd_backward.key_gradients
-head_size, state_size = map(int, sys.argv[1:])
-constants = dict(PACKED=True, DOT=tl.bfloat16, INPUT="ieee", Q=ssd.CHUNK, P=max(16, ssd.next_power_of_2(head_size)))
-constants |= dict(N=min(128, ssd.TILE // constants["P"], ssd.next_power_of_2(state_size)))
-constants |= dict(HEAD_SIZE=head_size, STATE_SIZE=state_size)
-half = {"x", "B", "C", "dy", "h", "g", "shared"}
-floats = {"step", "into", "out", "partial", "reading", "leaving", "both"}
-types = {name: "*bf16" for name in half} | {name: "*fp32" for name in floats} | {"cu_seqlens": "*i32", "table": "*i32"}
-signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-strides = [name for name in kernel.arg_names if name in types or name.endswith(("_row", "_token", "_head", "_group"))]
-aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in strides}
-source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-options = ssd.LAUNCH["key_gradients"][0]
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-"""
+
+def machine_code(kernel: str, *sizes: int) -> list[str]:
+    """Lines of PTX, and then of the assembler's code, see `compiled`."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"{__package__}.compiled", kernel, *map(str, sizes)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(("head_size", "state_size"), [(64, 128), (128, 64), (32, 256)])
 def test_what_a_product_reads_is_not_loaded_anew_while_it_runs(head_size, state_size):
     """Triton 3.6 loads two iterations ahead into two buffers, and one of them a product may still be reading."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILES, str(head_size), str(state_size)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
     runs, products, loads, early = False, 0, 0, []
-    for number, line in enumerate(done.stdout.splitlines()):
+    for number, line in enumerate(machine_code("key_gradients", head_size, state_size)):
         if "wgmma.mma_async" in line:
             runs, products = True, products + 1
         elif re.search(r"wgmma\.wait_group\.sync\.aligned\s+0;", line):
@@ -56,3 +40,25 @@ def test_what_a_product_reads_is_not_loaded_anew_while_it_runs(head_size, state_
             early += [number] * runs
     assert products > 8 and loads > 8, "the kernel is not what this test is about"
     assert not early, f"{len(early)} loads into shared memory while a product runs"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes"), [("outputs", (20, 100)), ("outputs", (16, 32)), ("from_both_sides", (32,))]
+)
+def test_a_product_takes_its_operands_from_where_they_are(kernel, sizes):
+    """Addresses within a tile are its descriptor, of 32 bits, and a constant of 64. ptxas 12.8 adds the constant's
+    upper half to some register, in place of zero, where its highest bit is set, now and then."""
+    lines = machine_code(kernel, *sizes)
+    assert sum("HGMMA" in line for line in lines) > 8, "the kernel is not what this test is about"
+    zeros, wrong = {"URZ"}, []
+    for line in lines:
+        if match := UPPER_HALF.search(line):
+            wrong += [line.strip()] * (match[1] not in zeros)
+        if match := re.search(r"\b(?:U\w+|R2UR|S2UR)(?:\.\w+)* (UR\d+), ?(\w*)", line):
+            zeros.discard(match[1])
+            if "UMOV" in line and match[2] == "URZ":
+                zeros.add(match[1])
+    assert not wrong, f"added to what is not zero: {wrong}"
+    if kernel == "outputs":
+        constants = [line for line in lines if re.search(r"\b(?:or|add)\.[bs]64\b.*, -\d{19};", line)]
+        assert not constants, f"descriptors with the highest bit set: {constants}"

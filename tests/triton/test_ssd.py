@@ -20,8 +20,8 @@ def short_chunks(device, monkeypatch):
     from peft_mamba.kernels.triton import ssd
 
     if device == "cpu":
-        for name, value in {"CHUNK": 16, "CHUNK_FLOAT32": 16, "STATE_COLUMNS": 16, "STATE_COLUMNS_FLOAT32": 16}.items():
-            monkeypatch.setattr(ssd, name, value)
+        for name in ("CHUNK", "CHUNK_FLOAT32", "STATE_COLUMNS", "STATE_COLUMNS_FLOAT32", "LEAST"):
+            monkeypatch.setattr(ssd, name, 16)
         monkeypatch.setattr(ssd, "PROGRAMS", 4)
 
 

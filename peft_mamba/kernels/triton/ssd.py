@@ -29,6 +29,9 @@ CHUNK, CHUNK_FLOAT32 = 64, 32
 STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 128, 32
 # Elements of a tile of the state, fewer columns of a wide head.
 TILE = 64 * 128
+# Tensor cores read narrow tiles of bfloat16 by descriptors with the highest bit set, to which ptxas (12.8) adds offsets
+# wrongly now and then: to a register that holds something else. Tiles are no narrower than this, smaller heads or not.
+LEAST, LEAST_FLOAT32 = 64, 16
 # Warps and stages of the pipeline, for bfloat16 and for the others; and registers, where heads are no wider than 64:
 # with 168 of them, three programs of four warps share a multiprocessor.
 LAUNCH = {
@@ -86,14 +89,15 @@ class _Plan(NamedTuple):
             "PACKED": cu_seqlens is not None,
             "Q": chunk,
         }
-        p = max(16, next_power_of_2(head_size))
+        least = LEAST if bfloat16 else LEAST_FLOAT32
+        p = max(least, next_power_of_2(head_size))
         columns = STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32
         constants = {
             # The interpreter multiplies bfloat16's bits as if they were integers.
             "DOT": tl.bfloat16 if bfloat16 and not interpreted() else tl.float32,
             "INPUT": "tf32" if tf32 else "ieee",
             "P": p,
-            "N": max(16, min(columns, TILE // p, next_power_of_2(state_size))),
+            "N": max(least, min(columns, TILE // p, next_power_of_2(state_size))),
             "HEAD_SIZE": head_size,
             "STATE_SIZE": state_size,
         }
@@ -135,8 +139,10 @@ class _Plan(NamedTuple):
         few sequences."""
         few = self.sequences * self.heads < FEW_SEQUENCES
         largest = (32, 32) if few else (64, 64 if self.float32 else 128)
+        # Tensor cores multiply less than 64 rows by instructions that take no descriptors.
+        least = LEAST_FLOAT32 if few or self.float32 else LEAST
         sizes = zip(largest, (self.head_size, self.state_size), strict=True)
-        p, n = (max(16, min(most, next_power_of_2(size))) for most, size in sizes)
+        p, n = (max(least, min(most, next_power_of_2(size))) for most, size in sizes)
         tiles = cdiv(self.head_size, p) * cdiv(self.state_size, n)
         return self.only() | self.constants | {"P": p, "N": n}, tiles
 
