@@ -90,6 +90,20 @@ def test_scan_of_other_sizes(heads, head_size, state_size, kind):
                 compare(run_scan, "ssd", *ssd_case(kind, *sizes, initial=initial), dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype, kind", [(FLOAT32, "padded"), (FLOAT16, "whole"), (BFLOAT16, "documents")])
+def test_long_scans(dtype, kind):
+    """Few sequences, which are cut into segments."""
+    from peft_mamba.kernels.triton import ssd
+
+    for seed, (batch, length, heads) in enumerate([(1, 64 * 40, 3), (2, 64 * 150 + 7, 2), (1, 64 * 100, 5)]):
+        torch.manual_seed(seed)
+        inputs, rows = ssd_case(kind, batch, length, heads, 1, 64, 128, initial=seed > 0)
+        inputs["dt"] *= 1e-3 if seed else 1  # what passes through many chunks, or next to nothing
+        x, B = (inputs[name].to("meta", dtype) for name in "xB")
+        assert ssd._Plan.of(x, B, None, None, None).segments > (1 if length > 64 * 64 or dtype != BFLOAT16 else 0)
+        compare(run_scan, "ssd", inputs, rows, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 def test_step(dtype):
     """Without gradients a single token takes a kernel of its own; with them it does not."""

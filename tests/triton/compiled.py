@@ -28,10 +28,10 @@ HALF = {"x", "B", "C", "y", "dy", "dx", "h", "g", "shared", "up", "t"}
 INTEGERS = {"cu_seqlens", "table"}
 FLOATS = {
     *("D", "dD", "step", "s", "into", "out", "through", "initial", "final", "dfinal", "dinitial", "partial"),
-    *("reading", "leaving", "both", "direct", "within", "left", "right"),
+    *("reading", "leaving", "both", "direct", "within", "left", "right", "decays"),
 }
 ABSENT = {"documents": None, "index": None}
-FLAGS = {"HAS_D", "WITH_D", "HAS_INITIAL", "WITH_INITIAL", "HAS_FINAL", "WITH_FINAL", "DIRECT"}
+FLAGS = {"HAS_D", "WITH_D", "HAS_INITIAL", "WITH_INITIAL", "HAS_FINAL", "WITH_FINAL", "DIRECT", "KEPT"}
 STRIDES = ("_row", "_token", "_head", "_group")
 
 

@@ -34,6 +34,26 @@ def test_outputs_and_gradients(device, dtype, kind):
     compare(run_scan, "ssd", *ssd_case(kind, 1, 35, 3, 1, 6, 20), dtype, device)
 
 
+@pytest.mark.parametrize("wanted, spans", [(100, [1, 1, 1, 1, 1]), (12, [3, 2])])
+@pytest.mark.parametrize(
+    "dtype, kind, initial",
+    [(torch.float32, "padded", True), (torch.float32, "documents", False), (torch.bfloat16, "whole", True)],
+)
+def test_long_sequences_in_segments(device, monkeypatch, dtype, kind, initial, wanted, spans):
+    from peft_mamba.kernels.triton import ssd
+
+    monkeypatch.setattr(ssd, "SEGMENTS_WANTED", wanted)
+    monkeypatch.setattr(ssd, "LEAST_SPAN", 1)
+    joined, join = [], ssd._join
+    monkeypatch.setattr(
+        ssd, "_join", lambda plan, *rest: joined.append((plan.segments, plan.span)) or join(plan, *rest)
+    )
+    chunk = ssd.CHUNK if dtype == torch.bfloat16 else ssd.CHUNK_FLOAT32
+    torch.manual_seed(0)
+    compare(run_scan, "ssd", *ssd_case(kind, 2, 4 * chunk + 3, 3, 1, 6, 20, initial=initial), dtype, device)
+    assert joined == [(len(spans), spans[0])] * 3  # the states of forward, those of backward, and their gradients
+
+
 def test_without_a_gradient_of_D(device):
     """As under a LoRA: nothing is summed for it."""
     torch.manual_seed(0)

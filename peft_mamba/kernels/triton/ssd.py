@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import chunked
 from ..host import ON_HOST
 from ..reference import check_packed, kept_in, put
-from . import ssd_backward, ssd_chunks, ssd_forward
+from . import ssd_backward, ssd_chunks, ssd_forward, ssd_segments
 from .common import Tensor, cdiv, interpreted, next_power_of_2, readable, row_strides
 from .ssd_families import Families
 from .step import is_step, ssd_step
@@ -47,6 +47,10 @@ OUTPUT_HEADS, PACKED_OUTPUT_HEADS, GRADIENT_HEADS, PROGRAMS = 16, 8, 12, 384
 STEP_HEADS = 16
 # Below this many sequences times heads, a sequence's state is divided among more programs.
 FEW_SEQUENCES = 192
+# Fewer sequences times heads are cut into as many segments, of no fewer chunks than this.
+SEGMENTS_WANTED, LEAST_SPAN = 768, 32
+# Numbers of a state that a program joins segments for, and of how many segments at once.
+JOIN = {"SIZE": 256, "K": 8}
 
 
 class _Plan(NamedTuple):
@@ -61,6 +65,8 @@ class _Plan(NamedTuple):
     sequences: int
     chunks: int  # of a row of the batch
     slots: int
+    segments: int  # of a sequence
+    span: int  # chunks of a segment
     dtype: torch.dtype
     described: dict  # how tokens are cut into rows, sequences and chunks
     constants: dict  # of what is multiplied; P covers a head, N is a tile of the state's columns
@@ -101,10 +107,14 @@ class _Plan(NamedTuple):
             "HEAD_SIZE": head_size,
             "STATE_SIZE": state_size,
         }
-        slots = batch * chunks if cu_seqlens is None else length // chunk + sequences
+        slots, segments = length // chunk + sequences, 1
+        if cu_seqlens is None:
+            slots = batch * chunks
+            segments = max(1, min(cdiv(SEGMENTS_WANTED, batch * heads), chunks // LEAST_SPAN))
+        span = cdiv(chunks, segments)
         return cls(
-            *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, x.dtype),
-            *(described, constants),
+            *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, cdiv(chunks, span), span),
+            *(x.dtype, described, constants),
         )
 
     @property
@@ -137,7 +147,7 @@ class _Plan(NamedTuple):
     def state_tiles(self) -> tuple[dict, int]:
         """Tiles of the state that a program carries through a sequence, and how many there are: small where there are
         few sequences."""
-        few = self.sequences * self.heads < FEW_SEQUENCES
+        few = self.sequences * self.segments * self.heads < FEW_SEQUENCES
         largest = (32, 32) if few else (64, 64 if self.float32 else 128)
         # Tensor cores multiply less than 64 rows by instructions that take no descriptors.
         least = LEAST_FLOAT32 if few or self.float32 else LEAST
@@ -151,6 +161,12 @@ class _Plan(NamedTuple):
         dtype = torch.float32 if self.float32 else torch.bfloat16
         slots = self.length // self.described["Q"] if direct else self.slots
         return torch.empty(slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
+
+    def segment_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for a float32 state of each segment and head, and for what is left of a state behind it."""
+        segments = self.sequences * self.segments, self.heads
+        ends = torch.empty(*segments, self.head_size, self.state_size, dtype=torch.float32, device=x.device)
+        return ends, torch.empty(segments, dtype=torch.float32, device=x.device)
 
     def table(self, cu_seqlens: Tensor | None, memo: dict | None = None) -> Tensor | None:
         """Whose each slot is; `memo` keeps it for all calls that cut these sequences into such chunks."""
@@ -207,17 +223,66 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 def _states(
     plan: _Plan, steps: _Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct=False
-) -> None:
+) -> Tensor | None:
+    """What is left of a state behind each segment, for `_state_gradients`; None: there are none."""
     constants, tiles = plan.state_tiles()
-    ssd_forward.states[(plan.sequences * plan.heads * tiles,)](
-        *(x, B, steps.step, steps.out, steps.through, initial_state, initial_index, cu_seqlens, h, final_state),
-        *(*plan.sizes, *_strides(x), *_strides(B)),
-        HAS_INITIAL=initial_state is not None,
-        INDEXED=initial_index is not None,
-        DIRECT=direct,
-        WITH_FINAL=final_state is not None,
-        **constants,
-        **plan.launch("states of a packed row" if direct else "states"),
+
+    def launch(initial, final, decays, kept):
+        ssd_forward.states[(plan.sequences * plan.segments * plan.heads * tiles,)](
+            *(x, B, steps.step, steps.out, steps.through, initial, initial_index, cu_seqlens, h, final, decays),
+            *(*plan.sizes, plan.segments, plan.span, *_strides(x), *_strides(B)),
+            HAS_INITIAL=initial is not None,
+            INDEXED=initial_index is not None,
+            DIRECT=direct,
+            WITH_FINAL=final is not None,
+            SEGMENTED=plan.segments > 1,
+            KEPT=kept,
+            **constants,
+            **plan.launch("states of a packed row" if direct else "states"),
+        )
+
+    if plan.segments == 1:
+        launch(initial_state, final_state, None, True)
+        return None
+    ends, decays = plan.segment_states(x)
+    launch(None, ends, decays, False)
+    _join(plan, ends, decays, initial_state, final_state, False)
+    launch(ends, None, None, True)
+    return decays
+
+
+def _state_gradients(plan: _Plan, steps: _Steps, dy, C, dfinal, cu_seqlens, g, dinitial, decays) -> None:
+    constants, tiles = plan.state_tiles()
+
+    def launch(final, initial, kept):
+        ssd_backward.state_gradients[(plan.sequences * plan.segments * plan.heads * tiles,)](
+            *(dy, C, steps.into, steps.through, final, cu_seqlens, g, initial),
+            *(*plan.sizes, plan.segments, plan.span, *_strides(dy), *_strides(C)),
+            HAS_FINAL=final is not None,
+            WITH_INITIAL=initial is not None,
+            SEGMENTED=plan.segments > 1,
+            KEPT=kept,
+            **constants,
+            **plan.launch("states"),
+        )
+
+    if plan.segments == 1:
+        launch(dfinal, dinitial, True)
+        return
+    ends, _ = plan.segment_states(dy)
+    launch(None, ends, False)
+    _join(plan, ends, decays, dfinal, dinitial, True)
+    launch(ends, None, True)
+
+
+def _join(plan: _Plan, ends, decays, first, last, reverse: bool) -> None:
+    size = plan.head_size * plan.state_size
+    ssd_segments.join_segments[(cdiv(size, JOIN["SIZE"]), plan.sequences * plan.heads)](
+        *(ends, decays, first, last, plan.heads, plan.segments, size),
+        REVERSE=reverse,
+        HAS_FIRST=first is not None,
+        WITH_LAST=last is not None,
+        **JOIN,
     )
 
 
@@ -288,16 +353,9 @@ class _SSD(torch.autograd.Function):
             h, g, table = plan.states(x), plan.states(x), plan.table(cu_seqlens)
             steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
             step, sums, into, out, through, documents = steps
-            _states(plan, steps, x, B, initial_state, None, cu_seqlens, h, None)
-            constants, tiles = plan.state_tiles()
-            ssd_backward.state_gradients[(plan.sequences * plan.heads * tiles,)](
-                *(dy, C, into, through, None if dfinal is None else dfinal.contiguous(), cu_seqlens, g, dinitial),
-                *(*plan.sizes, *_strides(dy), *_strides(C)),
-                HAS_FINAL=dfinal is not None,
-                WITH_INITIAL=dinitial is not None,
-                **constants,
-                **plan.launch("states"),
-            )
+            decays = _states(plan, steps, x, B, initial_state, None, cu_seqlens, h, None)
+            dfinal = None if dfinal is None else dfinal.contiguous()
+            _state_gradients(plan, steps, dy, C, dfinal, cu_seqlens, g, dinitial, decays)
             strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
             direct, within = (torch.empty_like(step) for _ in range(2))
             shared = empty(plan.slots, plan.groups * blocks, *2 * (step.shape[2],), dtype=h.dtype)

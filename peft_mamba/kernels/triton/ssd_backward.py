@@ -18,24 +18,26 @@ from .ssd_chunks import (
     decay_between,
     heads_of,
     load_tile,
-    sequence_bounds,
     slot_bounds,
     state_tile,
     store_tile,
     tokens_of,
 )
+from .ssd_segments import segment_bounds
 
 
 @triton.jit(do_not_specialize=VARYING)
 def state_gradients(
     dy, C, into, through, dfinal, cu_seqlens, g, dinitial,
-    length, chunks, heads, group_heads, y_row, y_token, y_head, c_row, c_token, c_group,
-    HAS_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
+    length, chunks, heads, group_heads, segments, span, y_row, y_token, y_head, c_row, c_token, c_group,
+    HAS_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr, SEGMENTED: tl.constexpr, KEPT: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state after each chunk, and of the one before the first."""
+    """The gradient of the state after each chunk, and of the one before the first. SEGMENTED: of segments, as if each
+    were a sequence. Not KEPT: only the one before the first."""
     sequence, head, p, n, at, inside = state_tile(heads, HEAD_SIZE, STATE_SIZE, P, N)
-    row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
+    row, start, stop, slot = segment_bounds(sequence, cu_seqlens, length, chunks, segments, span, SEGMENTED, PACKED, Q)
     dy += row * y_row + head * y_head
     C += row * c_row + (head // group_heads) * c_group
     size = HEAD_SIZE * STATE_SIZE
@@ -47,7 +49,8 @@ def state_gradients(
         i = count - 1 - done
         q, t, here, real = tokens_of(start + i * Q, stop, Q)
         mine = (slot + i) * heads + head
-        tl.store(g + mine * size + at, gradient.to(g.dtype.element_ty), mask=inside)
+        if KEPT:
+            tl.store(g + mine * size + at, gradient.to(g.dtype.element_ty), mask=inside)
         kept = tl.load(through + mine)
         weights = tl.load(into + mine * Q + q)
         values = load_tile(dy + here * y_token, q, y_token, real, p, HEAD_SIZE).to(tl.float32) * weights[:, None]

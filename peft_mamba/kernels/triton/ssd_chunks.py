@@ -25,6 +25,7 @@ from .elementwise import LOG2E
 
 # Differ from batch to batch, or make no faster kernel: none is compiled anew for a multiple of 16 or a 1 among them.
 VARYING = ["batch", "slots", "sequences", "length", "chunks", "heads", "group_heads", "block_heads", "blocks", "tiles"]
+VARYING += ["segments", "span"]
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -16,12 +16,12 @@ from .ssd_chunks import (
     decay_between,
     heads_of,
     load_tile,
-    sequence_bounds,
     slot_of_sequence,
     state_tile,
     store_tile,
     tokens_of,
 )
+from .ssd_segments import segment_bounds
 
 
 @triton.jit
@@ -44,19 +44,21 @@ def place_of(slot, sequence, DIRECT: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def states(
-    x, B, step, out, through, initial, index, cu_seqlens, h, final,
-    length, chunks, heads, group_heads, x_row, x_token, x_head, b_row, b_token, b_group,
+    x, B, step, out, through, initial, index, cu_seqlens, h, final, decays,
+    length, chunks, heads, group_heads, segments, span, x_row, x_token, x_head, b_row, b_token, b_group,
     HAS_INITIAL: tl.constexpr, INDEXED: tl.constexpr, DIRECT: tl.constexpr, WITH_FINAL: tl.constexpr,
+    SEGMENTED: tl.constexpr, KEPT: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, INPUT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """h before each chunk of a sequence and head, and after the last one; P and N are tiles of the state.
 
     DIRECT: not before the first chunk, where `outputs` takes it from where the sequence starts; h then has no place
-    for it, see `place_of`.
+    for it, see `place_of`. SEGMENTED: of segments, as if each were a sequence. Not KEPT: only `final`, and what is left
+    of a state behind all the chunks, in `decays`.
     """
     sequence, head, p, n, at, inside = state_tile(heads, HEAD_SIZE, STATE_SIZE, P, N)
-    row, start, stop, slot = sequence_bounds(sequence, cu_seqlens, length, chunks, PACKED, Q)
+    row, start, stop, slot = segment_bounds(sequence, cu_seqlens, length, chunks, segments, span, SEGMENTED, PACKED, Q)
     x += row * x_row + head * x_head
     B += row * b_row + (head // group_heads) * b_group
     size = HEAD_SIZE * STATE_SIZE
@@ -73,19 +75,24 @@ def states(
             wanted = inside & (count > 1)
         before = initial_at(index, sequence, INDEXED) * heads + head
         state += tl.load(initial + before * size + at, mask=wanted, other=0.0)
+    left = 1.0
     for i in range(past):
         q, t, here, real = tokens_of(start + i * Q, stop, Q)
         mine = (slot + i) * heads + head
         wanted = inside
         if DIRECT:
             wanted = inside & (i > 0)
-        place = place_of(slot + i, sequence, DIRECT) * heads + head
-        tl.store(h + place * size + at, state.to(h.dtype.element_ty), mask=wanted)
+        if KEPT:
+            place = place_of(slot + i, sequence, DIRECT) * heads + head
+            tl.store(h + place * size + at, state.to(h.dtype.element_ty), mask=wanted)
         kept = tl.load(through + mine)
+        left *= kept
         weights = tl.load(step + mine * Q + q) * tl.load(out + mine * Q + q)
         values = load_tile(x + here * x_token, q, x_token, real, p, HEAD_SIZE).to(tl.float32) * weights[:, None]
         keys = load_tile(B + here * b_token, q, b_token, real, n, STATE_SIZE)
         state = tl.dot(tl.trans(values.to(DOT)), keys.to(DOT), acc=state * kept, input_precision=INPUT)
+    if not KEPT:
+        tl.store(decays + sequence.to(tl.int64) * heads + head, left)
     if WITH_FINAL:
         tl.store(final + (sequence.to(tl.int64) * heads + head) * size + at, state, mask=inside)
     elif DIRECT:
