@@ -20,7 +20,7 @@ from triton.testing import do_bench
 
 from peft_mamba import kernels
 from peft_mamba.kernels.triton import ssd as module
-from peft_mamba.kernels.triton import ssd_backward, ssd_chunks, ssd_forward
+from peft_mamba.kernels.triton import ssd_backward, ssd_chunks, ssd_forward, ssd_plan, ssd_segments
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = ((16, 2048), (128, 512), (1, 32768))
@@ -63,13 +63,13 @@ def milliseconds(operation, tensors, dy) -> list[float]:
 
 def sweep(tensors, dy, described: dict) -> None:
     """Constants of ours: for each size of chunks, tiles and blocks the fastest launch of every kernel."""
-    for chunk, columns, heads, few in itertools.product((64, 128), (128, 64), (16, 12, 8), (module.FEW_SEQUENCES, 0)):
-        module.CHUNK, module.STATE_COLUMNS, module.FEW_SEQUENCES = chunk, columns, few
+    for chunk, columns, heads, few in itertools.product((64, 128), (128, 64), (16, 12, 8), (ssd_plan.FEW_SEQUENCES, 0)):
+        ssd_plan.CHUNK, ssd_plan.STATE_COLUMNS, ssd_plan.FEW_SEQUENCES = chunk, columns, few
         module.OUTPUT_HEADS = module.GRADIENT_HEADS = heads
         best: dict[str, tuple[float, str]] = {}
         for warps, stages, registers in itertools.product((4, 8), (1, 2, 3), (None, 128, 168)):
             launch = {"num_warps": warps, "num_stages": stages, **({"maxnreg": registers} if registers else {})}
-            module.LAUNCH = dict.fromkeys(module.LAUNCH, (launch, launch))
+            ssd_plan.LAUNCH = dict.fromkeys(ssd_plan.LAUNCH, (launch, launch))
             try:
                 found = kernel_times(tensors, dy, described)
             except triton.runtime.errors.OutOfResources:
@@ -91,7 +91,7 @@ def kernel_times(tensors, dy, described: dict) -> dict[str, float]:
                 torch.autograd.grad(module.ssd(*tensors, **described)[0], tensors, dy)
             torch.cuda.synchronize()
     times = {event.key: event.device_time_total / 5e3 for event in profile.key_averages()}
-    ours = {name for each in (ssd_chunks, ssd_forward, ssd_backward) for name in vars(each)}
+    ours = {name for each in (ssd_chunks, ssd_forward, ssd_backward, ssd_segments) for name in vars(each)}
     return {name: time for name, time in times.items() if name in ours}
 
 

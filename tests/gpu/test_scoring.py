@@ -6,6 +6,8 @@ python -m pytest tests/gpu/test_scoring.py
 from __future__ import annotations
 
 import logging
+import math
+from importlib.resources import files
 
 import pytest
 import torch
@@ -13,14 +15,17 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+import lm_eval
 import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from lm_eval_mamba.backend import MambaAMP
 from peft_mamba import kernels
 from peft_mamba.mixers import PackedSequences, StatePool, use_mixers
 
 from ..conftest import byte_tokenizer
+from ..lm_eval_mamba.processes import groups_of_two_processes
 
 FAMILIES = ["mamba", "mamba2"]
 # Shared contexts of different lengths, continuations of different lengths, duplicates, prefixes of one another.
@@ -131,3 +136,15 @@ def test_a_batch_does_not_wait_for_the_device(checkpoints, family):
         forward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_figures_of_one(tmp_path):
+    two = groups_of_two_processes(tmp_path, "mini", "icl_gap_mini", 40, device="cuda")
+    manager = TaskManager(include_path=str(files("lm_eval_mamba.tasks")), include_defaults=False)
+    lm = MambaAMP(batch_size=32, pretrained="mini", device="cuda:0")
+    one = lm_eval.simple_evaluate(lm, tasks=["icl_gap_mini"], limit=40, bootstrap_iters=10, task_manager=manager)
+    for name, figures in one["groups"].items():
+        for key, value in figures.items():
+            if isinstance(value, float) and not math.isnan(value):
+                assert two[name][key] == pytest.approx(value, rel=1e-6), (name, key)

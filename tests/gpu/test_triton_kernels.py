@@ -62,12 +62,12 @@ def test_convolution(dtype, kind, width, initial):
 
 @pytest.mark.parametrize("dtype, kind, initial", SCANS)
 def test_scan(dtype, kind, initial, monkeypatch):
-    from peft_mamba.kernels.triton import ssd
+    from peft_mamba.kernels.triton import ssd_plan
 
     for seed, sizes in enumerate(draws(CASES["scan"], batch=(1, 4), length=(1, 260), heads=(1, 6))):
         torch.manual_seed(seed)
-        monkeypatch.setattr(ssd, "PROGRAMS", 1 if seed % 2 else 2**31)  # all heads in a program, and one
-        monkeypatch.setattr(ssd, "FEW_SEQUENCES", 0 if seed % 2 else 2**31)  # large tiles of the state, and small ones
+        monkeypatch.setattr(ssd_plan, "PROGRAMS", 1 if seed % 2 else 2**31)  # all heads in a program, and one
+        monkeypatch.setattr(ssd_plan, "FEW_SEQUENCES", 0 if seed % 2 else 2**31)  # large tiles of the state, small ones
         groups = 1 if seed % 3 else sizes["heads"]
         head_size, state_size = (64, 128) if seed % 6 else (20, 100)
         inputs, rows = ssd_case(
@@ -93,14 +93,14 @@ def test_scan_of_other_sizes(heads, head_size, state_size, kind):
 @pytest.mark.parametrize("dtype, kind", [(FLOAT32, "padded"), (FLOAT16, "whole"), (BFLOAT16, "documents")])
 def test_long_scans(dtype, kind):
     """Few sequences, which are cut into segments."""
-    from peft_mamba.kernels.triton import ssd
+    from peft_mamba.kernels.triton.ssd_plan import Plan
 
     for seed, (batch, length, heads) in enumerate([(1, 64 * 40, 3), (2, 64 * 150 + 7, 2), (1, 64 * 100, 5)]):
         torch.manual_seed(seed)
         inputs, rows = ssd_case(kind, batch, length, heads, 1, 64, 128, initial=seed > 0)
         inputs["dt"] *= 1e-3 if seed else 1  # what passes through many chunks, or next to nothing
         x, B = (inputs[name].to("meta", dtype) for name in "xB")
-        assert ssd._Plan.of(x, B, None, None, None).segments > (1 if length > 64 * 64 or dtype != BFLOAT16 else 0)
+        assert Plan.of(x, B, None, None, None).segments > (1 if length > 64 * 64 or dtype != BFLOAT16 else 0)
         compare(run_scan, "ssd", inputs, rows, dtype, "cuda")
 
 

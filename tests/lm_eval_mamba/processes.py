@@ -23,11 +23,11 @@ if lm.rank == 0:
 """
 
 
-def groups_of_two_processes(tmp_path: Path, model: str, task: str, limit: int) -> dict[str, Any]:
+def groups_of_two_processes(tmp_path: Path, model: str, task: str, limit: int, device: str = "cpu") -> dict[str, Any]:
     script, groups = tmp_path / "evaluate.py", tmp_path / "groups.json"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "1"} if device == "cpu" else {})
     arguments = [*command, groups, model, task, limit]
     done = subprocess.run(
         [str(each) for each in arguments], cwd=tmp_path, env=environment, timeout=300, capture_output=True, text=True

@@ -21,7 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peft_mamba.kernels import products_triton
-from peft_mamba.kernels.triton import ssd, ssd_backward, ssd_forward
+from peft_mamba.kernels.triton import ssd_backward, ssd_forward
+from peft_mamba.kernels.triton.common import next_power_of_2
+from peft_mamba.kernels.triton.ssd_plan import Plan
 
 NVDISASM = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 HALF = {"x", "B", "C", "y", "dy", "dx", "h", "g", "shared", "up", "t"}
@@ -52,7 +54,7 @@ def of_scan(name: str, head_size: int, state_size: int):
     module = ssd_backward if "gradients" in name else ssd_forward
     inputs = (torch.empty(1, 300, 4, head_size), torch.empty(1, 300, 1, state_size))
     x, B = (each.to("meta", torch.bfloat16) for each in inputs)
-    plan = ssd._Plan.of(x, B, None, None, torch.empty(200, dtype=torch.int32, device="meta"))
+    plan = Plan.of(x, B, None, None, torch.empty(200, dtype=torch.int32, device="meta"))
     constants = plan.described | (plan.state_tiles()[0] if "state" in name else plan.constants)
     options = plan.launch("states of a packed row" if "state" in name else name)
     return compiled(getattr(module, name), constants, options, head_size % 16 == 0)
@@ -61,7 +63,7 @@ def of_scan(name: str, head_size: int, state_size: int):
 def of_products(rank: int):
     block = dict(products_triton.BLOCK)
     options = {name: block.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"RANK": rank, "R": max(16, ssd.next_power_of_2(rank)), "DOT": tl.bfloat16}
+    constants = {"RANK": rank, "R": max(16, next_power_of_2(rank)), "DOT": tl.bfloat16}
     constants |= block | {"PER_PROGRAM": products_triton.ROWS_PER_PROGRAM}
     return compiled(products_triton._from_both_sides_kernel, constants, options, rank % 16 == 0)
 

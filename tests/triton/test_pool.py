@@ -36,11 +36,11 @@ def inputs_for(operation, lengths, device, dtype=torch.float32):
 @pytest.fixture(autouse=True)
 def small(device, monkeypatch):
     """Several chunks, and segments of a long sequence, for small inputs too."""
-    from peft_mamba.kernels.triton import selective_scan, ssd
+    from peft_mamba.kernels.triton import selective_scan, ssd_plan
 
     monkeypatch.setattr(selective_scan, "SHORTEST_SEGMENT", 32)
     if device == "cpu":
-        monkeypatch.setattr(ssd, "CHUNK_FLOAT32", 16)
+        monkeypatch.setattr(ssd_plan, "CHUNK_FLOAT32", 16)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

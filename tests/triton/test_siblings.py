@@ -22,10 +22,10 @@ SHAPE = (2, 5, 9)
 @pytest.fixture(autouse=True)
 def small(device, monkeypatch):
     """On a CPU, chunks that are small in both precisions."""
-    from peft_mamba.kernels.triton import ssd
+    from peft_mamba.kernels.triton import ssd_plan
 
-    monkeypatch.setattr(ssd, "CHUNK_FLOAT32", CHUNK)
-    monkeypatch.setattr(ssd, "CHUNK", CHUNK if device == "cpu" else 64)
+    monkeypatch.setattr(ssd_plan, "CHUNK_FLOAT32", CHUNK)
+    monkeypatch.setattr(ssd_plan, "CHUNK", CHUNK if device == "cpu" else 64)
 
 
 def known(inputs, index):

@@ -17,12 +17,12 @@ from .cases import ROWS, TOLERANCE, compare, run_scan, ssd_case
 @pytest.fixture(autouse=True)
 def short_chunks(device, monkeypatch):
     """Several chunks, tiles and blocks of heads for small inputs too."""
-    from peft_mamba.kernels.triton import ssd
+    from peft_mamba.kernels.triton import ssd_plan
 
     if device == "cpu":
         for name in ("CHUNK", "CHUNK_FLOAT32", "STATE_COLUMNS", "STATE_COLUMNS_FLOAT32", "LEAST"):
-            monkeypatch.setattr(ssd, name, 16)
-        monkeypatch.setattr(ssd, "PROGRAMS", 4)
+            monkeypatch.setattr(ssd_plan, name, 16)
+        monkeypatch.setattr(ssd_plan, "PROGRAMS", 4)
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,15 @@ def test_outputs_and_gradients(device, dtype, kind):
     [(torch.float32, "padded", True), (torch.float32, "documents", False), (torch.bfloat16, "whole", True)],
 )
 def test_long_sequences_in_segments(device, monkeypatch, dtype, kind, initial, wanted, spans):
-    from peft_mamba.kernels.triton import ssd
+    from peft_mamba.kernels.triton import ssd, ssd_plan
 
-    monkeypatch.setattr(ssd, "SEGMENTS_WANTED", wanted)
-    monkeypatch.setattr(ssd, "LEAST_SPAN", 1)
+    monkeypatch.setattr(ssd_plan, "SEGMENTS_WANTED", wanted)
+    monkeypatch.setattr(ssd_plan, "LEAST_SPAN", 1)
     joined, join = [], ssd._join
     monkeypatch.setattr(
         ssd, "_join", lambda plan, *rest: joined.append((plan.segments, plan.span)) or join(plan, *rest)
     )
-    chunk = ssd.CHUNK if dtype == torch.bfloat16 else ssd.CHUNK_FLOAT32
+    chunk = ssd_plan.CHUNK if dtype == torch.bfloat16 else ssd_plan.CHUNK_FLOAT32
     torch.manual_seed(0)
     compare(run_scan, "ssd", *ssd_case(kind, 2, 4 * chunk + 3, 3, 1, 6, 20, initial=initial), dtype, device)
     assert joined == [(len(spans), spans[0])] * 3  # the states of forward, those of backward, and their gradients

@@ -8,221 +8,28 @@ mantissa and float32's range: states grow beyond what float16 holds. float32 is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .. import chunked
 from ..host import ON_HOST
 from ..reference import check_packed, kept_in, put
-from . import ssd_backward, ssd_chunks, ssd_forward, ssd_segments
-from .common import Tensor, cdiv, interpreted, next_power_of_2, readable, row_strides
+from . import ssd_backward, ssd_forward, ssd_segments
+from .common import Tensor, cdiv, readable, row_strides
 from .ssd_families import Families
+from .ssd_plan import STEP_HEADS, Plan, Steps, chunk_of, strides_of
 from .step import is_step, ssd_step
 
 # What the registers hold; wider heads go to `chunked`.
 MAX_HEAD_SIZE = 128
-# Tokens a chunk, and at most so many columns of the state at a time. float32 operands take twice the room.
-CHUNK, CHUNK_FLOAT32 = 64, 32
-STATE_COLUMNS, STATE_COLUMNS_FLOAT32 = 128, 32
-# Elements of a tile of the state, fewer columns of a wide head.
-TILE = 64 * 128
-# Tensor cores read narrow tiles of bfloat16 by descriptors with the highest bit set, to which ptxas (12.8) adds offsets
-# wrongly now and then: to a register that holds something else. Tiles are no narrower than this, smaller heads or not.
-LEAST, LEAST_FLOAT32 = 64, 16
-# Warps and stages of the pipeline, for bfloat16 and for the others; and registers, where heads are no wider than 64:
-# with 168 of them, three programs of four warps share a multiprocessor.
-LAUNCH = {
-    "states": ({"num_warps": 4, "num_stages": 3, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "states of a packed row": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "outputs": ({"num_warps": 4, "num_stages": 2, "maxnreg": 168}, {"num_warps": 4, "num_stages": 2}),
-    "value_gradients": ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}),
-    "key_gradients": ({"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 1}),
-}
 # A program takes up to so many heads of a chunk, which share B and C; fewer where there are too few programs for that.
-OUTPUT_HEADS, PACKED_OUTPUT_HEADS, GRADIENT_HEADS, PROGRAMS = 16, 8, 12, 384
-# Heads of a program that takes sums of step sizes.
-STEP_HEADS = 16
-# Below this many sequences times heads, a sequence's state is divided among more programs.
-FEW_SEQUENCES = 192
-# Fewer sequences times heads are cut into as many segments, of no fewer chunks than this.
-SEGMENTS_WANTED, LEAST_SPAN = 768, 32
+OUTPUT_HEADS, PACKED_OUTPUT_HEADS, GRADIENT_HEADS = 16, 8, 12
 # Numbers of a state that a program joins segments for, and of how many segments at once.
 JOIN = {"SIZE": 256, "K": 8}
 
 
-class _Plan(NamedTuple):
-    """Sizes and constants of one call, as the kernels take them."""
-
-    batch: int
-    length: int
-    heads: int
-    head_size: int
-    groups: int
-    state_size: int
-    sequences: int
-    chunks: int  # of a row of the batch
-    slots: int
-    segments: int  # of a sequence
-    span: int  # chunks of a segment
-    dtype: torch.dtype
-    described: dict  # how tokens are cut into rows, sequences and chunks
-    constants: dict  # of what is multiplied; P covers a head, N is a tile of the state's columns
-
-    @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        B: Tensor,
-        lengths: Tensor | None,
-        seq_idx: Tensor | None,
-        cu_seqlens: Tensor | None,
-        restarts: bool = False,
-    ):
-        """restarts: every document in a chunk starts from the state before the chunk, not from nothing."""
-        (batch, length, heads, head_size), (groups, state_size) = x.shape, B.shape[2:]
-        bfloat16 = x.dtype == torch.bfloat16
-        chunk = _chunk(x)
-        chunks = cdiv(length, chunk)
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        tf32 = x.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
-        described = {
-            "HAS_LENGTHS": lengths is not None,
-            "HAS_SEQ_IDX": seq_idx is not None,
-            "RESTARTS": restarts,
-            "PACKED": cu_seqlens is not None,
-            "Q": chunk,
-        }
-        least = LEAST if bfloat16 else LEAST_FLOAT32
-        p = max(least, next_power_of_2(head_size))
-        columns = STATE_COLUMNS if bfloat16 else STATE_COLUMNS_FLOAT32
-        constants = {
-            # The interpreter multiplies bfloat16's bits as if they were integers.
-            "DOT": tl.bfloat16 if bfloat16 and not interpreted() else tl.float32,
-            "INPUT": "tf32" if tf32 else "ieee",
-            "P": p,
-            "N": max(least, min(columns, TILE // p, next_power_of_2(state_size))),
-            "HEAD_SIZE": head_size,
-            "STATE_SIZE": state_size,
-        }
-        slots, segments = length // chunk + sequences, 1
-        if cu_seqlens is None:
-            slots = batch * chunks
-            segments = max(1, min(cdiv(SEGMENTS_WANTED, batch * heads), chunks // LEAST_SPAN))
-        span = cdiv(chunks, segments)
-        return cls(
-            *(batch, length, heads, head_size, groups, state_size, sequences, chunks, slots, cdiv(chunks, span), span),
-            *(x.dtype, described, constants),
-        )
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """What the kernels of a sequence take first."""
-        return self.length, self.chunks, self.heads, self.group_heads
-
-    @property
-    def float32(self) -> bool:
-        return self.dtype != torch.bfloat16
-
-    @property
-    def group_heads(self) -> int:
-        return self.heads // self.groups
-
-    def heads_and_blocks(self, most: int) -> tuple[int, int]:
-        """Heads of a program, `most` of them at most, and how many programs a group's heads are for, all alike."""
-        most = max(1, min(most, self.group_heads, self.slots * self.heads // PROGRAMS))
-        blocks = cdiv(self.group_heads, most)
-        return cdiv(self.group_heads, blocks), blocks
-
-    def launch(self, kernel: str) -> dict:
-        chosen = LAUNCH[kernel][self.float32]
-        return chosen if self.constants["P"] <= 64 else {n: value for n, value in chosen.items() if n != "maxnreg"}
-
-    def only(self, *names: str) -> dict:
-        """Of what describes the rows, what a kernel asks for; chunks are described to all."""
-        return {name: self.described[name] for name in ("PACKED", "Q", *names)}
-
-    def state_tiles(self) -> tuple[dict, int]:
-        """Tiles of the state that a program carries through a sequence, and how many there are: small where there are
-        few sequences."""
-        few = self.sequences * self.segments * self.heads < FEW_SEQUENCES
-        largest = (32, 32) if few else (64, 64 if self.float32 else 128)
-        # Tensor cores multiply less than 64 rows by instructions that take no descriptors.
-        least = LEAST_FLOAT32 if few or self.float32 else LEAST
-        sizes = zip(largest, (self.head_size, self.state_size), strict=True)
-        p, n = (max(least, min(most, next_power_of_2(size))) for most, size in sizes)
-        tiles = cdiv(self.head_size, p) * cdiv(self.state_size, n)
-        return self.only() | self.constants | {"P": p, "N": n}, tiles
-
-    def states(self, x: Tensor, direct: bool = False) -> Tensor:
-        """Room for the state before each chunk; `direct`: before each but the first ones."""
-        dtype = torch.float32 if self.float32 else torch.bfloat16
-        slots = self.length // self.described["Q"] if direct else self.slots
-        return torch.empty(slots, self.heads, self.head_size, self.state_size, dtype=dtype, device=x.device)
-
-    def segment_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for a float32 state of each segment and head, and for what is left of a state behind it."""
-        segments = self.sequences * self.segments, self.heads
-        ends = torch.empty(*segments, self.head_size, self.state_size, dtype=torch.float32, device=x.device)
-        return ends, torch.empty(segments, dtype=torch.float32, device=x.device)
-
-    def table(self, cu_seqlens: Tensor | None, memo: dict | None = None) -> Tensor | None:
-        """Whose each slot is; `memo` keeps it for all calls that cut these sequences into such chunks."""
-        if cu_seqlens is None:
-            return None
-
-        def make() -> Tensor:
-            table = torch.empty(self.slots, dtype=torch.int32, device=cu_seqlens.device)
-            ssd_chunks.chunk_table[(self.sequences,)](
-                *(cu_seqlens, table, self.sequences, self.slots), Q=self.described["Q"], num_warps=1
-            )
-            return table
-
-        return kept_in(memo, ("chunk_table", self.described["Q"], self.slots), make)
-
-
-class _Steps(NamedTuple):
-    """What `ssd_chunks.steps` makes of dt and A: (slots, H, Q), but `through` (slots, H) and `documents` (slots, Q)."""
-
-    step: Tensor
-    sums: Tensor
-    into: Tensor
-    out: Tensor
-    through: Tensor
-    documents: Tensor | None
-
-    @classmethod
-    def of(cls, plan: _Plan, dt, A, lengths, seq_idx, cu_seqlens, table):
-        shape = (plan.slots, plan.heads, plan.described["Q"])
-        precise = plan.dtype == torch.float32
-        step, into, out = (torch.empty(shape, dtype=torch.float32, device=dt.device) for _ in range(3))
-        sums = torch.empty(shape, dtype=torch.float64 if precise else torch.float32, device=dt.device)
-        through = torch.empty(shape[:2], dtype=torch.float32, device=dt.device)
-        documents = None
-        if seq_idx is not None:
-            documents = torch.empty(plan.slots, shape[2], dtype=torch.int32, device=dt.device)
-        ssd_chunks.steps[(plan.slots, cdiv(plan.heads, STEP_HEADS))](
-            *(dt, A, lengths, seq_idx, cu_seqlens, table, step, sums, into, out, through, documents),
-            *(plan.length, plan.chunks, plan.heads),
-            **plan.described,
-            PRECISE=precise,
-            H=STEP_HEADS,
-        )
-        return cls(step, sums, into, out, through, documents)
-
-
-def _chunk(x: Tensor) -> int:
-    return CHUNK if x.dtype == torch.bfloat16 else CHUNK_FLOAT32
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
-
-
 def _states(
-    plan: _Plan, steps: _Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct=False
+    plan: Plan, steps: Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct=False
 ) -> Tensor | None:
     """What is left of a state behind each segment, for `_state_gradients`; None: there are none."""
     constants, tiles = plan.state_tiles()
@@ -230,7 +37,7 @@ def _states(
     def launch(initial, final, decays, kept):
         ssd_forward.states[(plan.sequences * plan.segments * plan.heads * tiles,)](
             *(x, B, steps.step, steps.out, steps.through, initial, initial_index, cu_seqlens, h, final, decays),
-            *(*plan.sizes, plan.segments, plan.span, *_strides(x), *_strides(B)),
+            *(*plan.sizes, plan.segments, plan.span, *strides_of(x), *strides_of(B)),
             HAS_INITIAL=initial is not None,
             INDEXED=initial_index is not None,
             DIRECT=direct,
@@ -251,13 +58,13 @@ def _states(
     return decays
 
 
-def _state_gradients(plan: _Plan, steps: _Steps, dy, C, dfinal, cu_seqlens, g, dinitial, decays) -> None:
+def _state_gradients(plan: Plan, steps: Steps, dy, C, dfinal, cu_seqlens, g, dinitial, decays) -> None:
     constants, tiles = plan.state_tiles()
 
     def launch(final, initial, kept):
         ssd_backward.state_gradients[(plan.sequences * plan.segments * plan.heads * tiles,)](
             *(dy, C, steps.into, steps.through, final, cu_seqlens, g, initial),
-            *(*plan.sizes, plan.segments, plan.span, *_strides(dy), *_strides(C)),
+            *(*plan.sizes, plan.segments, plan.span, *strides_of(dy), *strides_of(C)),
             HAS_FINAL=final is not None,
             WITH_INITIAL=initial is not None,
             SEGMENTED=plan.segments > 1,
@@ -275,7 +82,7 @@ def _state_gradients(plan: _Plan, steps: _Steps, dy, C, dfinal, cu_seqlens, g, d
     launch(ends, None, True)
 
 
-def _join(plan: _Plan, ends, decays, first, last, reverse: bool) -> None:
+def _join(plan: Plan, ends, decays, first, last, reverse: bool) -> None:
     size = plan.head_size * plan.state_size
     ssd_segments.join_segments[(cdiv(size, JOIN["SIZE"]), plan.sequences * plan.heads)](
         *(ends, decays, first, last, plan.heads, plan.segments, size),
@@ -293,11 +100,11 @@ def _forward(
     known = None if memo is None or return_final_state else memo.get(ON_HOST)
     restarts = one_chunk = False
     if known is not None and cu_seqlens is not None:
-        given = (known, _chunk(x), cu_seqlens, initial_index, initial_state is not None)
-        families: Families = kept_in(memo, ("families", _chunk(x)), lambda: Families.of(*given))
+        given = (known, chunk_of(x), cu_seqlens, initial_index, initial_state is not None)
+        families: Families = kept_in(memo, ("families", chunk_of(x)), lambda: Families.of(*given))
         cu_seqlens, initial_index, seq_idx, one_chunk = families
         restarts = seq_idx is not None
-    plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens, restarts)
+    plan = Plan.of(x, B, lengths, seq_idx, cu_seqlens, restarts)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     shape = (plan.sequences, plan.heads, plan.head_size, plan.state_size)
     final_state = torch.empty(shape, dtype=torch.float32, device=x.device) if return_final_state else None
@@ -305,14 +112,14 @@ def _forward(
         # Of many short sequences the first chunk is all there is: its state is not worth a copy.
         direct = cu_seqlens is not None
         h, table = plan.states(x, direct), plan.table(cu_seqlens, memo)
-        steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
+        steps = Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
         if not one_chunk:
             _states(plan, steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct)
         block_heads, blocks = plan.heads_and_blocks(PACKED_OUTPUT_HEADS if direct else OUTPUT_HEADS)
         ssd_forward.outputs[(plan.slots * plan.groups * blocks,)](
             *(x, B, C, D, steps.step, steps.sums, steps.into, steps.documents),
             *(initial_state, initial_index, cu_seqlens, table, h, y),
-            *(*plan.sizes, block_heads, blocks, *_strides(x), *_strides(B), *_strides(C)),
+            *(*plan.sizes, block_heads, blocks, *strides_of(x), *strides_of(B), *strides_of(C)),
             HAS_D=D is not None,
             HAS_INITIAL=initial_state is not None,
             INDEXED=initial_index is not None,
@@ -336,7 +143,7 @@ class _SSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dfinal):  # type: ignore[override]  # mypy sees the decorator, not the method
         x, dt, A, B, C, D, initial_state, lengths, seq_idx, cu_seqlens = ctx.saved_tensors
-        plan = _Plan.of(x, B, lengths, seq_idx, cu_seqlens)
+        plan = Plan.of(x, B, lengths, seq_idx, cu_seqlens)
         block_heads, blocks = plan.heads_and_blocks(GRADIENT_HEADS)
         dy = torch.zeros_like(x) if dy is None else row_strides(dy)
 
@@ -351,12 +158,12 @@ class _SSD(torch.autograd.Function):
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
         with torch.cuda.device_of(x):
             h, g, table = plan.states(x), plan.states(x), plan.table(cu_seqlens)
-            steps = _Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
+            steps = Steps.of(plan, dt, A, lengths, seq_idx, cu_seqlens, table)
             step, sums, into, out, through, documents = steps
             decays = _states(plan, steps, x, B, initial_state, None, cu_seqlens, h, None)
             dfinal = None if dfinal is None else dfinal.contiguous()
             _state_gradients(plan, steps, dy, C, dfinal, cu_seqlens, g, dinitial, decays)
-            strides = (*_strides(x), *_strides(B), *_strides(C), *_strides(dy))
+            strides = (*strides_of(x), *strides_of(B), *strides_of(C), *strides_of(dy))
             direct, within = (torch.empty_like(step) for _ in range(2))
             shared = empty(plan.slots, plan.groups * blocks, *2 * (step.shape[2],), dtype=h.dtype)
             ssd_backward.value_gradients[(plan.slots * plan.groups * blocks,)](

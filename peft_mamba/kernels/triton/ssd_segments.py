@@ -18,7 +18,7 @@ from .ssd_chunks import VARYING, sequence_bounds
 def segment_bounds(
     place, cu_seqlens, length, chunks, segments, span, SEGMENTED: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr
 ):
-    """`sequence_bounds` of the place-th segment, of `span` chunks, counted through all sequences; one may be empty."""
+    """`sequence_bounds` of the place-th segment, of `span` chunks at most, counted through all sequences."""
     if SEGMENTED:
         row, start, stop, slot = sequence_bounds(place // segments, cu_seqlens, length, chunks, PACKED, Q)
         before = place % segments * span
