@@ -34,7 +34,7 @@ test-triton: $(INSTALLED) $(INTERPRETER)/.installed
 
 $(INTERPRETER)/.installed: tests/triton/requirements.txt
 	$(PYTHON) -c "import shutil; shutil.rmtree('$(INTERPRETER)', ignore_errors=True)"
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(INTERPRETER) --requirement $<
+	$(BIN)/python -m pip install --quiet --no-deps --target $(INTERPRETER) --requirement $<
 	touch $@
 
 lint: $(INSTALLED)
@@ -48,10 +48,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Few of the 20,000 files that are installed are ever imported: Python compiles those at the first import.
 $(INSTALLED): pyproject.toml constraints.txt buildtools/pth_backend.py buildtools/startup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:
