@@ -95,12 +95,12 @@ def test_long_scans(dtype, kind):
     """Few sequences, which are cut into segments."""
     from peft_mamba.kernels.triton.ssd_plan import Plan
 
-    for seed, (batch, length, heads) in enumerate([(1, 64 * 40, 3), (2, 64 * 150 + 7, 2), (1, 64 * 100, 5)]):
+    for seed, (batch, length, heads) in enumerate([(1, 64 * 70, 3), (2, 64 * 150 + 7, 2), (1, 64 * 100, 5)]):
         torch.manual_seed(seed)
         inputs, rows = ssd_case(kind, batch, length, heads, 1, 64, 128, initial=seed > 0)
         inputs["dt"] *= 1e-3 if seed else 1  # what passes through many chunks, or next to nothing
         x, B = (inputs[name].to("meta", dtype) for name in "xB")
-        assert Plan.of(x, B, None, None, None).segments > (1 if length > 64 * 64 or dtype != BFLOAT16 else 0)
+        assert Plan.of(x, B, None, None, None).segments > 1
         compare(run_scan, "ssd", inputs, rows, dtype, "cuda")
 
 

@@ -26,7 +26,7 @@ def machine_code(kernel: str, *sizes: int) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("head_size", "state_size"), [(64, 128), (32, 256)])
+@pytest.mark.parametrize(("head_size", "state_size"), [(64, 128), (128, 64), (32, 256)])
 def test_what_a_product_reads_is_not_loaded_anew_while_it_runs(head_size, state_size):
     """Triton 3.6 loads two iterations ahead into two buffers, and one of them a product may still be reading."""
     runs, products, loads, early = False, 0, 0, []

@@ -55,7 +55,8 @@ def test_generation(model, device):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sequences_with_states_of_their_own(family, device, precision):
     """Without gradients, which is without autograd, with what follows from weights kept from forward to forward."""
-    model = tiny_model(family, num_hidden_layers=1).to(device)
+    layers = 2 if precision == "fp32" else 1  # the interpreter is slow
+    model = tiny_model(family, num_hidden_layers=layers).to(device)
     use_mixers(model)
     row = tokens(1, 24).to(device)
     results = {}
@@ -70,6 +71,6 @@ def test_sequences_with_states_of_their_own(family, device, precision):
                 PackedSequences.of([5, 2, 3, 9, 5], pool, [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [-1, -1, 1, 1, 1]),
             ]
             outputs = [model(row, attention_mask=packed, use_cache=False).logits for packed in steps]
-            results[name] = [*outputs, pool.conv(0), pool.ssm(0)]
+            results[name] = [*outputs, pool.conv(layers - 1), pool.ssm(layers - 1)]
     for ours, exact in zip(results["triton"], results["torch"], strict=True):
         assert relative_rms(ours, exact) < (1e-4 if precision == "fp32" else 3e-2)

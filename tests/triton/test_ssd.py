@@ -34,12 +34,12 @@ def test_outputs_and_gradients(device, dtype, kind):
     compare(run_scan, "ssd", *ssd_case(kind, 1, 35, 3, 1, 6, 20), dtype, device)
 
 
-@pytest.mark.parametrize("wanted, spans", [(100, [1, 1, 1, 1, 1]), (12, [3, 2])])
+@pytest.mark.parametrize("wanted, segments, span", [(100, 5, 1), (12, 2, 3)])
 @pytest.mark.parametrize(
     "dtype, kind, initial",
     [(torch.float32, "padded", True), (torch.float32, "documents", False), (torch.bfloat16, "whole", True)],
 )
-def test_long_sequences_in_segments(device, monkeypatch, dtype, kind, initial, wanted, spans):
+def test_long_sequences_in_segments(device, monkeypatch, dtype, kind, initial, wanted, segments, span):
     from peft_mamba.kernels.triton import ssd, ssd_plan
 
     monkeypatch.setattr(ssd_plan, "SEGMENTS_WANTED", wanted)
@@ -51,7 +51,7 @@ def test_long_sequences_in_segments(device, monkeypatch, dtype, kind, initial, w
     chunk = ssd_plan.CHUNK if dtype == torch.bfloat16 else ssd_plan.CHUNK_FLOAT32
     torch.manual_seed(0)
     compare(run_scan, "ssd", *ssd_case(kind, 2, 4 * chunk + 3, 3, 1, 6, 20, initial=initial), dtype, device)
-    assert joined == [(len(spans), spans[0])] * 3  # the states of forward, those of backward, and their gradients
+    assert joined == [(segments, span)] * 3  # the states of forward, those of backward, and their gradients
 
 
 def test_without_a_gradient_of_D(device):

@@ -32,17 +32,16 @@ def _states(
     plan: Plan, steps: Steps, x, B, initial_state, initial_index, cu_seqlens, h, final_state, direct=False
 ) -> Tensor | None:
     """What is left of a state behind each segment, for `_state_gradients`; None: there are none."""
-    constants, tiles = plan.state_tiles()
+    constants, programs = plan.state_tiles()
 
     def launch(initial, final, decays, kept):
-        ssd_forward.states[(plan.sequences * plan.segments * plan.heads * tiles,)](
+        ssd_forward.states[(programs,)](
             *(x, B, steps.step, steps.out, steps.through, initial, initial_index, cu_seqlens, h, final, decays),
             *(*plan.sizes, plan.segments, plan.span, *strides_of(x), *strides_of(B)),
             HAS_INITIAL=initial is not None,
             INDEXED=initial_index is not None,
             DIRECT=direct,
             WITH_FINAL=final is not None,
-            SEGMENTED=plan.segments > 1,
             KEPT=kept,
             **constants,
             **plan.launch("states of a packed row" if direct else "states"),
@@ -59,15 +58,14 @@ def _states(
 
 
 def _state_gradients(plan: Plan, steps: Steps, dy, C, dfinal, cu_seqlens, g, dinitial, decays) -> None:
-    constants, tiles = plan.state_tiles()
+    constants, programs = plan.state_tiles()
 
     def launch(final, initial, kept):
-        ssd_backward.state_gradients[(plan.sequences * plan.segments * plan.heads * tiles,)](
+        ssd_backward.state_gradients[(programs,)](
             *(dy, C, steps.into, steps.through, final, cu_seqlens, g, initial),
             *(*plan.sizes, plan.segments, plan.span, *strides_of(dy), *strides_of(C)),
             HAS_FINAL=final is not None,
             WITH_INITIAL=initial is not None,
-            SEGMENTED=plan.segments > 1,
             KEPT=kept,
             **constants,
             **plan.launch("states"),

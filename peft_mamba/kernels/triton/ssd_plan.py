@@ -130,16 +130,17 @@ class Plan(NamedTuple):
         return {name: self.described[name] for name in ("PACKED", "Q", *names)}
 
     def state_tiles(self) -> tuple[dict, int]:
-        """Tiles of the state that a program carries through a sequence, and how many there are: small where there are
-        few sequences."""
-        few = self.sequences * self.segments * self.heads < FEW_SEQUENCES
+        """Tiles of the state that a program carries through a sequence or segment, small where there are few of these,
+        and how many programs there are."""
+        sequences = self.sequences * self.segments * self.heads
+        few = sequences < FEW_SEQUENCES
         largest = (32, 32) if few else (64, 64 if self.float32 else 128)
         # Tensor cores multiply less than 64 rows by instructions that take no descriptors.
         least = LEAST_FLOAT32 if few or self.float32 else LEAST
         sizes = zip(largest, (self.head_size, self.state_size), strict=True)
         p, n = (max(least, min(most, next_power_of_2(size))) for most, size in sizes)
         tiles = cdiv(self.head_size, p) * cdiv(self.state_size, n)
-        return self.only() | self.constants | {"P": p, "N": n}, tiles
+        return self.only() | self.constants | {"P": p, "N": n, "SEGMENTED": self.segments > 1}, sequences * tiles
 
     def states(self, x: Tensor, direct: bool = False) -> Tensor:
         """Room for the state before each chunk; `direct`: before each but the first ones."""
