@@ -33,7 +33,7 @@ def poisoned(monkeypatch):
 def test_drawn_shapes(scan, poisoned, monkeypatch, dtype, states, rows, stateful):
     rng = random.Random(f"{dtype}{states}{rows}{stateful}")
     for seed in range(30):
-        monkeypatch.setattr(scan, "FEW_PROGRAMS", 2**31 if seed % 2 else 0)  # loads ahead, and at their use
+        monkeypatch.setattr(scan, "_copies", lambda _, ahead=seed % 2: bool(ahead))  # copied ahead, and loaded at use
         monkeypatch.setattr(scan, "SHARED_PROGRAMS", 2**31 if seed // 2 % 2 else 1)  # backward in global memory, shared
         length = rng.choice([0, 1, 2, 3, 31, 32, 33, 64, 97, rng.randint(1, 130)])
         channels = rng.choice([1, 31, 32, 64, 96, 100])

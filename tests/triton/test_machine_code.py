@@ -60,3 +60,12 @@ def test_a_product_takes_its_operands_from_where_they_are(kernel, sizes):
     if kernel == "outputs":
         constants = [line for line in lines if re.search(r"\b(?:or|add)\.[bs]64\b.*, -\d{19};", line)]
         assert not constants, f"descriptors with the highest bit set: {constants}"
+
+
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize("kernel", ["scan_forward", "scan_backward"])
+def test_rows_of_the_selective_scan_are_copied_ahead_and_nothing_is_spilled(kernel, item):
+    lines = machine_code(kernel, item)
+    assert sum("LDGSTS" in line for line in lines) > 3, "nothing is copied to shared memory"
+    assert sum(bool(re.search(r"\bDEPBAR\.LE SB0, 0x0\b", line)) for line in lines) == 1, "none waits, or all do"
+    assert not [line for line in lines if re.search(r"\b(?:STL|LDL)\b", line)], "registers are spilled to memory"

@@ -46,11 +46,34 @@ def test_against_float64(scan, device, name, monkeypatch):
     check(scan.selective_scan, CASES[name], device)
 
 
-@pytest.mark.parametrize("few", [0, 2**31])
-@pytest.mark.parametrize("name", ["plain", "several checkpoints", "no z", "fp16", "packed"])
-def test_inputs_are_loaded_ahead_or_at_their_use(scan, device, name, few, monkeypatch):
-    monkeypatch.setattr(scan, "FEW_PROGRAMS", few)
-    check(scan.selective_scan, CASES[name], device)
+@pytest.mark.parametrize(
+    ("shape", "states", "dtypes", "apart", "item"),
+    [
+        ((2, 5, 64), 16, (torch.bfloat16, torch.bfloat16), 64, 2),
+        ((2, 5, 64), 16, (torch.float16, torch.bfloat16), 64 + 8, 2),
+        ((2, 5, 32), 11, (torch.float32, torch.float32), 32 + 4, 4),  # 11 states are computed as 16
+        ((2, 1, 64), 16, (torch.bfloat16, torch.bfloat16), 64, 2),
+        ((2, 5, 40), 16, (torch.bfloat16, torch.bfloat16), 40, 0),  # the last program's rows end early
+        ((2, 5, 64), 32, (torch.bfloat16, torch.bfloat16), 64, 0),
+        ((2, 5, 64), 8, (torch.bfloat16, torch.bfloat16), 64, 0),
+        ((2, 5, 64), 16, (torch.bfloat16, torch.float32), 64, 0),
+        ((2, 5, 64), 16, (torch.bfloat16, torch.bfloat16), 64 + 4, 0),  # every other row begins within a piece
+    ],
+)
+def test_rows_are_copied_ahead_where_they_are_whole_pieces(scan, monkeypatch, shape, states, dtypes, apart, item):
+    monkeypatch.setattr(scan, "_copies", lambda device: True)
+    batch, length, channels = shape
+    u = torch.zeros(shape, dtype=dtypes[0])
+    z = torch.zeros(batch, length, apart, dtype=dtypes[1])[..., :channels]
+    layout = scan._Layout.of(u, states, None)
+    B, C = torch.zeros(2, batch, length, 16)
+    assert layout.ring(u, u, z, states=(B, C)) == item
+    if item:
+        assert layout.ring(u, u, None, states=(B, C)) == item
+        assert layout.ring(u, torch.zeros(u.numel() + 1, dtype=u.dtype)[1:].view(shape), z, states=(B, C)) == 0
+        assert layout.ring(u, u, z, states=(B, torch.zeros(C.numel() + 1)[1:].view_as(C))) == 0
+        monkeypatch.setattr(scan, "_copies", lambda device: False)
+        assert layout.ring(u, u, z, states=(B, C)) == 0
 
 
 @settings(max_examples=4, deadline=None)

@@ -21,6 +21,21 @@ from .scan_memory import (
     state_sectors,
 )
 from .scan_programs import channels_of, first_checkpoint, kernel, penalty, place, program_of, step_size
+from .scan_ring import (
+    DELTA,
+    DY,
+    U,
+    Z,
+    copied,
+    copy_group,
+    copy_state,
+    group_of,
+    ring_memory,
+    row_pieces,
+    rows_of,
+    state_pieces,
+    states_of,
+)
 from .scan_tiles import (
     advance,
     decay_rates,
@@ -47,7 +62,7 @@ def scan_backward(
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_DLAST: tl.constexpr, GRAD_A: tl.constexpr,
     GRAD_D: tl.constexpr, GRAD_BIAS: tl.constexpr, GRAD_H0: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a segment. Of dB and dC each program writes its 32 channels' share: dBC (T, programs, 2·N)."""
     if place(waves) >= programs:
@@ -85,9 +100,21 @@ def scan_backward(
             keep_shared(rates, a, N)
     else:
         kept = scratch + program * (CK // K * N * 32) + scratch_offsets(N)
-    rows, distance = row_sectors(
-        u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, True, HAS_Z, MASK_D
-    )
+    # Of whole groups, from the last to the first: those of RING are copied one group ahead.
+    turn = tl.zeros([], tl.int32)
+    if RING:
+        ring = ring_memory(K, RING)
+        rows, distance, there = row_pieces(
+            u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, RING, True, HAS_Z
+        )
+        next_row = row + tokens // K * K - K
+        rows += next_row * distance
+        states = state_pieces(B + next_row * N, C + next_row * N)
+        copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, tokens >= K, K, RING)
+    else:
+        rows, distance = row_sectors(
+            u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, True, HAS_Z, MASK_D
+        )
     chunks = tl.cdiv(tokens, CK)
     for back in range(0, chunks):
         chunk = chunks - 1 - back
@@ -106,7 +133,8 @@ def scan_backward(
         ddelta_c = ddelta + here * stride_ddelta
         dz_c = dz + here * stride_dz
         dBC_c = dBC + (here * blocks + block) * (2 * N)
-        saved = checkpoints + ((checkpoint + chunk) * blocks + block) * (N * 32) + scratch_offsets(N)
+        saved_at = checkpoints + ((checkpoint + chunk) * blocks + block) * (N * 32)
+        saved = saved_at + scratch_offsets(N)
         h = load_kept(saved, N)
         # Of the last group only the state before it is needed, unless a token is left over behind it.
         groups = whole if whole < steps else whole - K
@@ -140,35 +168,49 @@ def scan_backward(
             tl.debug_barrier()
         if whole < steps:  # one token, and h is the state before it
             dh, sum_A, d_raw, d_skip = _group_back(
-                h, dh, sum_A, a, rates, skip, kept,
+                h, dh, sum_A, a, rates, skip, kept, 0,
                 u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
                 stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
                 whole, begin, limit, bias_d, resets_c, d, d_ok,
-                N, 1, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, False,
+                N, 1, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, False, False,
             )  # fmt: skip
             sum_bias += d_raw
             sum_D += d_skip
-        sectors = rows + here * distance
-        states = state_sectors(B + here * N, C + here * N, K, N)
+        if RING:
+            copy_state(_slot(kept, 0, N), saved_at, whole == K)
+        else:
+            sectors = rows + here * distance
+            sectors_BC = state_sectors(B + here * N, C + here * N, K, N)
         for i in range(0, whole, K):
             t = whole - K - i
-            # The group before this one, which is next: see `prefetch`.
-            ahead = tl.maximum(t - K, 0)
-            prefetch(sectors + ahead * distance)
-            prefetch(states + ahead * (N * 4))
+            group = 0
+            # The group before this one is next.
+            if RING:
+                copied()
+                group = group_of(ring, turn, K, RING)
+                turn ^= 1
+                rows -= K * distance
+                states -= K * N * 4
+                copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, begin + t > 0, K, RING)
+                copy_state(_slot(kept, 0, N), saved_at, t == K)
+            else:
+                ahead = tl.maximum(t - K, 0)
+                prefetch(sectors + ahead * distance)
+                prefetch(sectors_BC + ahead * (N * 4))
             if SHARED:
                 kept_t = _slot(kept, t // K, N)
-                if t == 0:
-                    keep_shared(kept_t, load_kept(saved, N), N)
+                if not RING:
+                    if t == 0:
+                        keep_shared(kept_t, load_kept(saved, N), N)
             else:
                 kept_t = kept
                 h = load_kept(kept + t // K * (N * 32), N)
             dh, sum_A, d_raw, d_skip = _group_back(
-                h, dh, sum_A, a, rates, skip, kept_t,
+                h, dh, sum_A, a, rates, skip, kept_t, group,
                 u_c, delta_c, B_c, C_c, z_c, dy_c, du_c, ddelta_c, dz_c, dBC_c,
                 stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
                 t, begin, limit, bias_d, resets_c, d, d_ok,
-                N, K, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, SHARED,
+                N, K, HAS_Z, HAS_RESETS, HAS_LENGTHS, GRAD_A, MASK_D, SHARED, RING,
             )  # fmt: skip
             sum_bias += d_raw
             sum_D += d_skip
@@ -186,8 +228,8 @@ def scan_backward(
 
 @triton.jit
 def _slot(kept, group, N: tl.constexpr):
-    """Where the state before a group is kept: the first one's, which is the checkpoint, once the second's was read."""
-    return kept + tl.maximum(group - 1, 0) * (N * 128)
+    """Where the state before a group is kept: the first one's, which is the checkpoint, once the third's was read."""
+    return kept + tl.where(group == 0, 1, group - 1) * (N * 128)
 
 
 @triton.jit
@@ -202,19 +244,24 @@ def _pairs(first, second, stride_first, stride_second, d, d_ok, K: tl.constexpr,
 
 @triton.jit
 def _group_back(
-    h, dh, sum_A, a, rates, skip, kept, u, delta, B, C, z, dy, du, ddelta, dz, shares,
+    h, dh, sum_A, a, rates, skip, kept, group, u, delta, B, C, z, dy, du, ddelta, dz, shares,
     stride_u, stride_delta, stride_z, stride_dy, stride_du, stride_ddelta, stride_dz, blocks,
     row, begin, limit, bias, resets, d, d_ok,
     N: tl.constexpr, K: tl.constexpr, HAS_Z: tl.constexpr, HAS_RESETS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    GRAD_A: tl.constexpr, MASK_D: tl.constexpr, SHARED: tl.constexpr,
+    GRAD_A: tl.constexpr, MASK_D: tl.constexpr, SHARED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Gradients of K tokens from the state before them, h or what is `kept`, and dh, the gradient of the state after.
 
     Returns the gradient of the state before them, the sum for A, and what they add to those of the bias and of D.
     """
-    xs, raws = _pairs(u + row * stride_u, delta + row * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D)
-    gs, gates = _pairs(dy + row * stride_dy, z + row * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D)
-    bs, cs = state_pairs(B + row * N + states_at(N), C + row * N + states_at(N), True, K, N, False)
+    if RING:
+        xs, raws = rows_of(group, U, u, K, RING), rows_of(group, DELTA, delta, K, RING)
+        gs, gates = rows_of(group, DY, dy, K, RING), rows_of(group, Z, z, K, RING)
+        bs, cs = states_of(group, K, RING)
+    else:
+        xs, raws = _pairs(u + row * stride_u, delta + row * stride_delta, stride_u, stride_delta, d, d_ok, K, MASK_D)
+        gs, gates = _pairs(dy + row * stride_dy, z + row * stride_z, stride_dy, stride_z, d, d_ok, K, MASK_D)
+        bs, cs = state_pairs(B + row * N + states_at(N), C + row * N + states_at(N), True, K, N, False)
     steps, slopes, inputs, outs, for_gates, penalties = (), (), (), (), (), ()
     # Of each token: sums over a lane's states of three quantities, of the tiles so far, and over its channels of two.
     ys, from_inputs, from_decays, for_B, for_C = (), (), (), (), ()

@@ -4,8 +4,21 @@ import triton
 import triton.language as tl
 
 from .elementwise import sigmoid
-from .scan_memory import fetch, keep, load, prefetch, row_sectors, scratch_offsets, state_sectors, values
+from .scan_memory import keep, load, prefetch, row_sectors, scratch_offsets, state_sectors
 from .scan_programs import channels_of, first_checkpoint, kernel, penalty, place, program_of, step_size
+from .scan_ring import (
+    DELTA,
+    U,
+    Z,
+    copied,
+    copy_group,
+    group_of,
+    ring_memory,
+    row_pieces,
+    rows_of,
+    state_pieces,
+    states_of,
+)
 from .scan_tiles import (
     advance,
     decay_rates,
@@ -26,7 +39,7 @@ def scan_forward(
     STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CK: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, HAS_H0: tl.constexpr, INDEXED: tl.constexpr,
-    SAVE: tl.constexpr, LAST: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
+    SAVE: tl.constexpr, LAST: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """y of a segment from its initial state; on request its last state, and the checkpoints for backward.
 
@@ -63,32 +76,39 @@ def scan_forward(
     resets += row
     checkpoints += (checkpoint * blocks + block) * (N * 32)
     whole = tokens // K * K
-    # With few warps a multiprocessor, AHEAD: u, delta and z are loaded two groups ahead, B and C one, which takes 170
-    # registers. With many, at their use: by then they are in the L1 cache, and other warps bridge the way from there.
-    rows, distance = row_sectors(
-        u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, channels, K, False, HAS_Z, MASK_D
-    )
-    states = state_sectors(B, C, K, N)
+    turn = tl.zeros([], tl.int32)
+    if RING:
+        ring = ring_memory(K, RING)
+        rows, distance, there = row_pieces(
+            u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, RING, False, HAS_Z
+        )
+        states = state_pieces(B, C)
+        copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, whole > 0, K, RING)
+    else:
+        rows, distance = row_sectors(
+            u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, channels, K, False, HAS_Z, MASK_D
+        )
+        sectors_BC = state_sectors(B, C, K, N)
     B_t, C_t = B + states_at(N), C + states_at(N)
-    if AHEAD:
-        some = d_ok & (whole > 0)
-        xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, some, K, HAS_Z, True, True)
-        bs, cs = state_pairs(B_t, C_t, whole > 0, K, N, True)
-        xs, raws, gates = values(xs, u, K), values(raws, delta, K), values(gates, z, K)
-        second = tl.where(whole > K, K, 0).to(tl.int64)
-        next_xs, next_raws, next_gates = _rows(
-            u + second * stride_u, delta + second * stride_delta, z + second * stride_z, stride_u, stride_delta,
-            stride_z, d, some, K, HAS_Z, True, True,
-        )  # fmt: skip
     for t in range(0, whole, K):
-        ahead = tl.minimum(t + K, whole - K).to(tl.int64)
-        prefetch(states + ahead * (N * 4))
         if SAVE:
             if t % CK == 0:
                 keep(checkpoints + t // CK * blocks.to(tl.int64) * (N * 32) + scratch_offsets(N), h, N)
-        if not AHEAD:
+        if RING:
+            copied()
+            group = group_of(ring, turn, K, RING)
+            turn ^= 1
+            rows += K * distance
+            states += K * N * 4
+            copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, t + K < whole, K, RING)
+            xs, raws = rows_of(group, U, u, K, RING), rows_of(group, DELTA, delta, K, RING)
+            gates = rows_of(group, Z, z, K, RING) if HAS_Z else xs
+            bs, cs = states_of(group, K, RING)
+        else:
+            ahead = tl.minimum(t + K, whole - K).to(tl.int64)
+            prefetch(sectors_BC + ahead * (N * 4))
             prefetch(rows + ahead * distance)
-            xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, K, HAS_Z, MASK_D, False)
+            xs, raws, gates = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, K, HAS_Z, MASK_D)
             bs, cs = state_pairs(B_t, C_t, True, K, N, False)
         for k in tl.static_range(K):
             h, out = _step(
@@ -97,21 +117,13 @@ def scan_forward(
             )  # fmt: skip
             tl.store(y + k * stride_y + d, out.to(y.dtype.element_ty), mask=d_ok)
         y += K * stride_y
-        if AHEAD:
-            xs, raws, gates = values(next_xs, u, K), values(next_raws, delta, K), values(next_gates, z, K)
-            after = tl.minimum(t + 2 * K, whole - K).to(tl.int64)
-            next_xs, next_raws, next_gates = _rows(
-                u + after * stride_u, delta + after * stride_delta, z + after * stride_z, stride_u, stride_delta,
-                stride_z, d, d_ok, K, HAS_Z, MASK_D, True,
-            )  # fmt: skip
-            bs, cs = state_pairs(B_t + ahead * N, C_t + ahead * N, True, K, N, False)
-        else:
+        if not RING:
             u += K * stride_u
             delta += K * stride_delta
             z += K * stride_z
             B_t += K * N
             C_t += K * N
-    if AHEAD:
+    if RING:
         u += whole.to(tl.int64) * stride_u
         delta += whole.to(tl.int64) * stride_delta
         z += whole.to(tl.int64) * stride_z
@@ -121,7 +133,7 @@ def scan_forward(
         if SAVE:
             if t % CK == 0:
                 keep(checkpoints + t // CK * blocks.to(tl.int64) * (N * 32) + scratch_offsets(N), h, N)
-        x, raw, gate = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, 1, HAS_Z, MASK_D, False)
+        x, raw, gate = _rows(u, delta, z, stride_u, stride_delta, stride_z, d, d_ok, 1, HAS_Z, MASK_D)
         h, out = _step(
             h, x[0], raw[0] + bias_d, gate[0], tl.load(B_t), tl.load(C_t), a, skip, t, limit, resets,
             N, HAS_Z, HAS_RESETS, HAS_LENGTHS,
@@ -140,26 +152,18 @@ def scan_forward(
 @triton.jit
 def _rows(
     u, delta, z, stride_u, stride_delta, stride_z, d, d_ok,
-    K: tl.constexpr, HAS_Z: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
+    K: tl.constexpr, HAS_Z: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """K tokens of u, delta and z as tuples: EARLY of what `fetch` gives, else of float32; u stands for an absent z."""
+    """K tokens of u, delta and z as tuples in float32; u stands for an absent z."""
     xs, raws, gates = (), (), ()
     for k in tl.static_range(K):
-        xs = xs + (_one(u + k * stride_u + d, d_ok, MASKED, EARLY),)
-        raws = raws + (_one(delta + k * stride_delta + d, d_ok, MASKED, EARLY),)
+        xs = xs + (load(u + k * stride_u + d, d_ok, MASKED).to(tl.float32),)
+        raws = raws + (load(delta + k * stride_delta + d, d_ok, MASKED).to(tl.float32),)
         if HAS_Z:
-            gates = gates + (_one(z + k * stride_z + d, d_ok, MASKED, EARLY),)
+            gates = gates + (load(z + k * stride_z + d, d_ok, MASKED).to(tl.float32),)
         else:
             gates = gates + (xs[k],)
     return xs, raws, gates
-
-
-@triton.jit
-def _one(pointer, mask, MASKED: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        return fetch(pointer, mask, MASKED)
-    else:
-        return load(pointer, mask, MASKED).to(tl.float32)
 
 
 @triton.jit

@@ -19,49 +19,6 @@ def load(pointer, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def fetch(pointer, mask, MASKED: tl.constexpr):
-    """`load` for a value that is needed some turns of the loop later: of half precision its bits, see `value`.
-
-    Carried around a loop as 16 bits, two values would be packed into one register, and packing waits for the load. Of
-    what comes from inline assembly the compiler cannot tell that 16 bits hold it.
-    """
-    if BY_PTX and pointer.dtype.element_ty != tl.float32:
-        if MASKED:
-            asm: tl.constexpr = """{
-                .reg .pred inside;
-                setp.ne.s32 inside, $2, 0;
-                mov.u32 $0, 0;
-                @inside ld.global.nc.u16 $0, [$1];
-            }"""
-            return tl.inline_asm_elementwise(asm, "=&r,l,r", [pointer, mask.to(tl.int32)], tl.int32, True, 1)
-        else:
-            return tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [pointer], tl.int32, True, 1)
-    else:
-        return load(pointer, mask, MASKED)
-
-
-@triton.jit
-def value(fetched, pointer):
-    """What `fetch` brought from `pointer`, in float32."""
-    if BY_PTX and pointer.dtype.element_ty != tl.float32:
-        if pointer.dtype.element_ty == tl.bfloat16:
-            return (fetched << 16).to(tl.float32, bitcast=True)
-        else:
-            return fetched.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return fetched.to(tl.float32)
-
-
-@triton.jit
-def values(fetched, pointer, K: tl.constexpr):
-    """A tuple of K."""
-    floats = ()
-    for k in tl.static_range(K):
-        floats = floats + (value(fetched[k], pointer),)
-    return floats
-
-
-@triton.jit
 def prefetch(addresses):
     """Ask for the 32 bytes at each of these addresses (int64) to be in the L1 cache soon; nothing waits for them.
 

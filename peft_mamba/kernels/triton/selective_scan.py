@@ -21,6 +21,7 @@ from .common import BY_PTX, cdiv, readable
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
 from .scan_memory import SHARED_BYTES
+from .scan_ring import STATES, group_bytes
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
 from .step import is_step, selective_step
 
@@ -43,8 +44,6 @@ ROWS = {"u", "delta", "z", "y", "dy", "du", "ddelta", "dz"}
 FLAGS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "bias", "HAS_RESETS": "resets", "HAS_LENGTHS": "lengths"}
 # Programs of one launch of backward at up to 16 states, at more fewer, which bounds its scratch memory (16 KiB each).
 BACKWARD_PROGRAMS = 2**14
-# Programs a multiprocessor up to which forward loads ahead: at the registers which that takes, so many run at once.
-FEW_PROGRAMS = 12
 # Up to so many warps a multiprocessor, long sequences are cut: into so many, of so many tokens at least.
 FEW_WARPS, WARPS_WANTED, SHORTEST_SEGMENT = 8, 96, 256
 # Numbers of the state that a program joins segments for, and of how many segments at once.
@@ -161,9 +160,14 @@ class _Layout:
     def N(self) -> int:
         return max(4, 1 << (self.states - 1).bit_length())
 
-    def few_programs(self, device: torch.device) -> bool:
-        programs = self.sequences * self.segments * self.blocks
-        return programs <= FEW_PROGRAMS * _multiprocessors(device)
+    def ring(self, *rows: Tensor | None, states: tuple[Tensor, Tensor]) -> int:
+        """Bytes of a number of these rows, if the kernels can copy them ahead (`scan_ring`); else 0."""
+        given = [x for x in rows if x is not None]
+        item = given[0].element_size()
+        if self.N != STATES.value or self.channels % LANES or not _copies(given[0].device):
+            return 0
+        aligned = all(x.element_size() == item and not _stride(x) * item % 16 for x in given)
+        return item if aligned and not any(x.data_ptr() % 16 for x in (*given, *states)) else 0
 
     @property
     def checkpoints(self) -> int:
@@ -206,11 +210,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
+def _copies(device: torch.device) -> bool:
+    """Whether the GPU copies to shared memory by itself."""
+    return bool(BY_PTX.value) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _in_shared_memory(N: int, device: torch.device) -> bool:
     """Whether backward keeps its states there: as many as `shared_memory` has room for, on GPUs that have enough."""
     if not BY_PTX.value or CHECKPOINT // BACKWARD_GROUP * N * LANES * 4 > SHARED_BYTES:
         return False
-    return _shared_memory(device) // (SHARED_BYTES + RESERVED_BYTES) >= SHARED_PROGRAMS
+    taken = SHARED_BYTES + group_bytes(BACKWARD_GROUP, 4) * 2 + RESERVED_BYTES
+    return _shared_memory(device) // taken >= SHARED_PROGRAMS
 
 
 @functools.cache
@@ -286,7 +297,7 @@ def _forward(
             INDEXED=initial_index is not None,
             SAVE=checkpoints is not None,
             LAST=want_final,
-            AHEAD=layout.few_programs(u.device),
+            RING=layout.ring(u, delta, z, states=(given["B"], given["C"])),
         )
     if last is not None and layout.segments > 1:
         last = last.unflatten(0, (layout.sequences, layout.segments))[:, -1].contiguous()
@@ -368,6 +379,7 @@ class _SelectiveScan(torch.autograd.Function):
                     GRAD_BIAS=needs_bias,
                     GRAD_H0=needs_h0,
                     SHARED=shared,
+                    RING=layout.ring(u, delta, z, dy, states=(given["B"], given["C"])) if shared else 0,
                     maxnreg=BACKWARD_REGISTERS,
                 )
                 for name, total in sums.items():
