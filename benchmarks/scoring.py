@@ -101,9 +101,9 @@ def build(name: str, device: str, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval()
 
 
-def requests(task: str, shots: int, documents: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(context, continuation) of each answer of each document."""
-    shape, rng = SHAPES[task], random.Random(f"{task} {shots} {seed}")
+def requests(task: str, shots: int, documents: int, first: int = 0, step: int = 1) -> list[tuple[str, str]]:
+    """(context, continuation) of each answer of each document, or of every step-th from the first on."""
+    shape, rng = SHAPES[task], random.Random(f"{task} {shots} 0")
 
     def words(between: tuple[int, int]) -> str:
         return " ".join(f"w{rng.randrange(1, VOCABULARY - 3)}" for _ in range(rng.randint(*between)))
@@ -116,10 +116,19 @@ def requests(task: str, shots: int, documents: int, seed: int = 0) -> list[tuple
         answer = words(shape.answer)
         for _ in range(shape.choices):
             if shape.fork:
-                made.append((f"{context} {words((1, 2))}", " " + answer))
+                pair = f"{context} {words((1, 2))}", " " + answer
             else:
-                made.append((context, " " + words(shape.answer)))
+                pair = context, " " + words(shape.answer)
+            if document % step == first:
+                made.append(pair)
     return made
+
+
+def requests_of(work: str, shots: int, documents: int, first: int = 0, step: int = 1) -> list[tuple[str, str]]:
+    """`requests` of a task, or those of icl_gap."""
+    if work != "icl_gap":
+        return requests(work, shots, documents, first, step)
+    return [r for task in ICL_GAP for k in (0, 1, 3, 5) for r in requests(task, k, documents, first, step)]
 
 
 class Recorder(LM):
@@ -246,7 +255,7 @@ def main() -> None:
         if name == "icl_gap_mini":
             work[name] = embedded_benchmark(None if options.docs == parser.get_default("docs") else options.docs)
         elif name == "icl_gap":
-            work[name] = [r for task in ICL_GAP for shots in (0, 1, 3, 5) for r in requests(task, shots, options.docs)]
+            work[name] = requests_of(name, 0, options.docs)
         else:
             work |= {f"{name}, {shots}-shot": requests(name, shots, options.docs) for shots in options.shots}
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
