@@ -1,11 +1,11 @@
 """What a kernel is compiled to for sm_90, for bfloat16 and packed rows; no GPU is needed.
 
-python -m tests.triton.compiled outputs 64 128          # a kernel of Mamba-2's scan, head size, state size
-python -m tests.triton.compiled from_both_sides 32      # of an adapter's products, rank
-python -m tests.triton.compiled scan_backward 2         # of Mamba-1's scan, bytes of a number
+python -m tests.triton.compiled outputs:64:128          # a kernel of Mamba-2's scan, head size, state size
+python -m tests.triton.compiled from_both_sides:32      # of an adapter's products, rank
+python -m tests.triton.compiled scan_backward:2         # of Mamba-1's scan, bytes of a number
 
-Prints PTX, and behind it what nvdisasm makes of the machine code. In a process of its own: within the tests Triton may
-interpret.
+Prints PTX, and behind it what nvdisasm makes of the machine code, for each kernel that is named. In a process of its
+own: within the tests Triton may interpret.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from peft_mamba.kernels.triton import selective_scan, ssd_backward, ssd_forward
 from peft_mamba.kernels.triton.common import next_power_of_2
 from peft_mamba.kernels.triton.ssd_plan import Plan
 
+# In front of each kernel's code.
+HEADING = "=" * 40
 NVDISASM = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 HALF = {"x", "B", "C", "y", "dy", "dx", "h", "g", "shared", "up", "t"}
 INTEGERS = {"cu_seqlens", "table"}
@@ -87,13 +89,15 @@ def of_products(rank: int):
     return compiled(products_triton._from_both_sides_kernel, constants, options, rank % 16 == 0)
 
 
+FAMILIES = {"from_both_sides": of_products}
+FAMILIES |= {name: functools.partial(of_selective_scan, name) for name in ("scan_forward", "scan_backward")}
+
 if __name__ == "__main__":
-    kernel, *sizes = sys.argv[1:]
-    families = {"from_both_sides": of_products}
-    families |= {name: functools.partial(of_selective_scan, name) for name in ("scan_forward", "scan_backward")}
-    binary = families.get(kernel, functools.partial(of_scan, kernel))(*map(int, sizes))
-    print(binary.asm["ptx"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        subprocess.run([NVDISASM, "-c", file.name], check=True)
+    for kernel, *sizes in (each.split(":") for each in sys.argv[1:]):
+        binary = FAMILIES.get(kernel, functools.partial(of_scan, kernel))(*map(int, sizes))
+        print(HEADING, kernel, *sizes)
+        print(binary.asm["ptx"], flush=True)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            subprocess.run([NVDISASM, "-c", file.name], check=True)

@@ -1,5 +1,5 @@
-"""How the kernels of the selective scan come to what is in memory: loads ahead of their use, prefetches, and states
-that are kept for a while in shared memory."""
+"""How the kernels of the selective scan come to what is in memory: prefetches, and states that are kept for a while in
+shared memory."""
 
 import triton
 import triton.language as tl
