@@ -100,7 +100,7 @@ def scan_backward(
             keep_shared(rates, a, N)
     else:
         kept = scratch + program * (CK // K * N * 32) + scratch_offsets(N)
-    # Of whole groups, from the last to the first: those of RING are copied one group ahead.
+    # Whole groups are taken from the last to the first; with RING each is copied while the one before it is computed.
     turn = tl.zeros([], tl.int32)
     if RING:
         ring = ring_memory(K, RING)
@@ -184,7 +184,7 @@ def scan_backward(
         for i in range(0, whole, K):
             t = whole - K - i
             group = 0
-            # The group before this one is next.
+            # The group that lies in front of this one is next.
             if RING:
                 copied()
                 group = group_of(ring, turn, K, RING)

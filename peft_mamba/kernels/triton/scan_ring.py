@@ -1,4 +1,4 @@
-"""Rows that CUDA copies to shared memory (cp.async) while the tokens before or behind them are computed.
+"""Rows of the selective scan's inputs, which are copied to shared memory (cp.async) while others are computed.
 
 A load that is issued early needs a register until its use, and the kernels of the selective scan have none to spare: a
 copy needs none. Two groups of K tokens have room, the one that is computed and the one that comes next. A group lies as
@@ -119,7 +119,7 @@ def _copy(to, address, there):
 
 @triton.jit
 def copied():
-    """Wait until all that this program copies is there for all of its lanes."""
+    """Wait until all that was to be copied is there, for all lanes; none still reads what is copied to next."""
     asm: tl.constexpr = "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,r", [0], tl.int32, False, 1)
 
