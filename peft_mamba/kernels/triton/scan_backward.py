@@ -26,15 +26,14 @@ from .scan_ring import (
     DY,
     U,
     Z,
-    copied,
     copy_group,
     copy_state,
-    group_of,
     ring_memory,
     row_pieces,
     rows_of,
     state_pieces,
     states_of,
+    take_group,
 )
 from .scan_tiles import (
     advance,
@@ -110,7 +109,7 @@ def scan_backward(
         next_row = row + tokens // K * K - K
         rows += next_row * distance
         states = state_pieces(B + next_row * N, C + next_row * N)
-        copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, tokens >= K, K, RING)
+        copy_group(ring, turn, rows, distance, there, states, tokens >= K, K, RING)
     else:
         rows, distance = row_sectors(
             u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, True, HAS_Z, MASK_D
@@ -186,12 +185,9 @@ def scan_backward(
             group = 0
             # The group that lies in front of this one is next.
             if RING:
-                copied()
-                group = group_of(ring, turn, K, RING)
-                turn ^= 1
-                rows -= K * distance
-                states -= K * N * 4
-                copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, begin + t > 0, K, RING)
+                group, turn, rows, states = take_group(
+                    ring, turn, rows, distance, there, states, begin + t > 0, K, True, RING
+                )
                 copy_state(_slot(kept, 0, N), saved_at, t == K)
             else:
                 ahead = tl.maximum(t - K, 0)

@@ -10,14 +10,13 @@ from .scan_ring import (
     DELTA,
     U,
     Z,
-    copied,
     copy_group,
-    group_of,
     ring_memory,
     row_pieces,
     rows_of,
     state_pieces,
     states_of,
+    take_group,
 )
 from .scan_tiles import (
     advance,
@@ -83,7 +82,7 @@ def scan_forward(
             u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, RING, False, HAS_Z
         )
         states = state_pieces(B, C)
-        copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, whole > 0, K, RING)
+        copy_group(ring, turn, rows, distance, there, states, whole > 0, K, RING)
     else:
         rows, distance = row_sectors(
             u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, channels, K, False, HAS_Z, MASK_D
@@ -95,12 +94,9 @@ def scan_forward(
             if t % CK == 0:
                 keep(checkpoints + t // CK * blocks.to(tl.int64) * (N * 32) + scratch_offsets(N), h, N)
         if RING:
-            copied()
-            group = group_of(ring, turn, K, RING)
-            turn ^= 1
-            rows += K * distance
-            states += K * N * 4
-            copy_group(group_of(ring, turn, K, RING), rows, distance, there, states, t + K < whole, K, RING)
+            group, turn, rows, states = take_group(
+                ring, turn, rows, distance, there, states, t + K < whole, K, False, RING
+            )
             xs, raws = rows_of(group, U, u, K, RING), rows_of(group, DELTA, delta, K, RING)
             gates = rows_of(group, Z, z, K, RING) if HAS_Z else xs
             bs, cs = states_of(group, K, RING)

@@ -113,8 +113,13 @@ def keep_shared(address, tiles, N: tl.constexpr):
 @triton.jit
 def load_shared(address, i: tl.constexpr, N: tl.constexpr):
     """Tile i of a state there."""
-    at = _shared_at(address, N) + i * (N * 32)
-    if N >= 16:
+    return load_shared_floats(_shared_at(address, N) + i * (N * 32), N >= 16)
+
+
+@triton.jit
+def load_shared_floats(at, FOURS: tl.constexpr):
+    """The numbers there; FOURS: a lane's come four at once, which lie together."""
+    if FOURS:
         asm: tl.constexpr = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
         return tl.inline_asm_elementwise(asm, "=f,=f,=f,=f,r,r,r,r", [at], tl.float32, False, 4)
     else:

@@ -9,6 +9,7 @@ bytes, so all rows must begin at multiples of it.
 import triton
 import triton.language as tl
 
+from .scan_memory import load_shared_floats
 from .scan_tiles import states_at
 
 # With so many, the states of four tokens are a piece a lane, and a lane's part of a tile is one.
@@ -17,13 +18,13 @@ STATES = tl.constexpr(16)
 U, DELTA, DY, Z = (tl.constexpr(i) for i in range(4))
 
 
-def group_bytes(K: int, item: int) -> int:
-    """Of K tokens in numbers of `item` bytes."""
-    return K * (4 * 32 * item + 2 * STATES.value * 4)
+def ring_bytes(K: int, item: int) -> int:
+    """Of two groups of K tokens in numbers of `item` bytes."""
+    return 2 * K * (4 * 32 * item + 2 * STATES.value * 4)
 
 
 def _reserve(K: int, item: int) -> tl.constexpr:
-    return tl.constexpr(f"{{ .shared .align 16 .b8 ring[{2 * group_bytes(K, item)}]; mov.u32 $0, ring; }}")
+    return tl.constexpr(f"{{ .shared .align 16 .b8 ring[{ring_bytes(K, item)}]; mov.u32 $0, ring; }}")
 
 
 _RESERVE_2_HALF, _RESERVE_2_FLOAT = _reserve(2, 2), _reserve(2, 4)
@@ -41,12 +42,6 @@ def ring_memory(K: tl.constexpr, ITEM: tl.constexpr):
         return tl.inline_asm_elementwise(_RESERVE_4_HALF, "=r,r", [0], tl.int32, False, 1)
     else:
         return tl.inline_asm_elementwise(_RESERVE_4_FLOAT, "=r,r", [0], tl.int32, False, 1)
-
-
-@triton.jit
-def group_of(ring, turn, K: tl.constexpr, ITEM: tl.constexpr):
-    """Where the groups whose turn it is, 0 or 1, have their room."""
-    return ring + turn * (K * (128 * ITEM + 128))
 
 
 @triton.jit
@@ -88,8 +83,15 @@ def state_pieces(B, C):
 
 
 @triton.jit
-def copy_group(group, rows, distance, there, states, some, K: tl.constexpr, ITEM: tl.constexpr):
-    """Begin to copy K rows of every tensor, from those at `rows` and `states` on, to `group`; of none unless `some`."""
+def _group_of(ring, turn, K: tl.constexpr, ITEM: tl.constexpr):
+    """Where the groups whose turn it is, 0 or 1, have their room."""
+    return ring + turn * (K * (128 * ITEM + 128))
+
+
+@triton.jit
+def copy_group(ring, turn, rows, distance, there, states, some, K: tl.constexpr, ITEM: tl.constexpr):
+    """Begin to copy K rows of every tensor, from those at `rows` and `states` on; of none unless `some`."""
+    group = _group_of(ring, turn, K, ITEM)
     lane = tl.arange(0, 32)
     at = group + lane // 8 * (K * 32 * ITEM) + lane % 8 * 16
     for i in tl.static_range(K * ITEM // 4):
@@ -118,7 +120,28 @@ def _copy(to, address, there):
 
 
 @triton.jit
-def copied():
+def take_group(
+    ring, turn, rows, distance, there, states, more, K: tl.constexpr, BACK: tl.constexpr, ITEM: tl.constexpr
+):  # fmt: skip
+    """Wait for the group whose turn it is, and begin to copy the next one, BACK the one before, if there is `more`.
+
+    Returns where the group is, and turn, rows and states for the next call.
+    """
+    _copied()
+    group = _group_of(ring, turn, K, ITEM)
+    turn ^= 1
+    if BACK:
+        rows -= K * distance
+        states -= K * (STATES * 4)
+    else:
+        rows += K * distance
+        states += K * (STATES * 4)
+    copy_group(ring, turn, rows, distance, there, states, more, K, ITEM)
+    return group, turn, rows, states
+
+
+@triton.jit
+def _copied():
     """Wait until all that was to be copied is there, for all lanes; none still reads what is copied to next."""
     asm: tl.constexpr = "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,r", [0], tl.int32, False, 1)
@@ -137,7 +160,7 @@ def rows_of(group, TENSOR: tl.constexpr, pointer, K: tl.constexpr, ITEM: tl.cons
 @triton.jit
 def _number(at, pointer):
     if pointer.dtype.element_ty == tl.float32:
-        return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, False, 1)
+        return load_shared_floats(at, False)
     else:
         bits = tl.inline_asm_elementwise("ld.shared.u16 $0, [$1];", "=r,r", [at], tl.int32, False, 1)
         if pointer.dtype.element_ty == tl.bfloat16:
@@ -152,12 +175,6 @@ def states_of(group, K: tl.constexpr, ITEM: tl.constexpr):
     at = group + K * 128 * ITEM + states_at(STATES) * 4
     bs, cs = (), ()
     for k in tl.static_range(K):
-        bs = bs + (_four(at + k * 64),)
-        cs = cs + (_four(at + (K + k) * 64),)
+        bs = bs + (load_shared_floats(at + k * 64, True),)
+        cs = cs + (load_shared_floats(at + (K + k) * 64, True),)
     return bs, cs
-
-
-@triton.jit
-def _four(at):
-    asm: tl.constexpr = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
-    return tl.inline_asm_elementwise(asm, "=f,=f,=f,=f,r,r,r,r", [at], tl.float32, False, 4)

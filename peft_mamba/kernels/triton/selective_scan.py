@@ -21,7 +21,7 @@ from .common import BY_PTX, cdiv, readable
 from .scan_backward import scan_backward
 from .scan_forward import scan_forward
 from .scan_memory import SHARED_BYTES
-from .scan_ring import STATES, group_bytes
+from .scan_ring import STATES, ring_bytes
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
 from .step import is_step, selective_step
 
@@ -220,7 +220,7 @@ def _in_shared_memory(N: int, device: torch.device) -> bool:
     """Whether backward keeps its states there: as many as `shared_memory` has room for, on GPUs that have enough."""
     if not BY_PTX.value or CHECKPOINT // BACKWARD_GROUP * N * LANES * 4 > SHARED_BYTES:
         return False
-    taken = SHARED_BYTES + group_bytes(BACKWARD_GROUP, 4) * 2 + RESERVED_BYTES
+    taken = SHARED_BYTES + ring_bytes(BACKWARD_GROUP, 4) + RESERVED_BYTES
     return _shared_memory(device) // taken >= SHARED_PROGRAMS
 
 
