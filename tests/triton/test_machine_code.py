@@ -47,7 +47,7 @@ def test_what_a_product_reads_is_not_loaded_anew_while_it_runs():
 def test_a_product_takes_its_operands_from_where_they_are():
     """Addresses within a tile are its descriptor, of 32 bits, and a constant of 64. ptxas 12.8 adds the constant's
     upper half to some register, in place of zero, where its highest bit is set, now and then."""
-    for lines in machine_code("outputs:20:100", "from_both_sides:32"):
+    for lines in machine_code("outputs:20:100", "outputs:16:32", "from_both_sides:32"):
         assert sum("HGMMA" in line for line in lines) > 8, f"{lines[0]}: the kernel is not what this test is about"
         zeros, wrong = {"URZ"}, []
         for line in lines:
