@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from lm_eval_mamba.backend import MambaAMP
-
 
 def together(lm: Any, own: list[tuple[str, str]]) -> tuple[float, list]:
     """(seconds of all processes, the answers to this one's requests)."""
@@ -41,29 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mamba-1.4b", choices=[*scoring.MAMBA, *scoring.MAMBA2])
     parser.add_argument("--work", nargs="+", default=["hellaswag", "mmlu"], choices=[*scoring.SHAPES, "icl_gap"])
-    parser.add_argument("--shots", nargs="+", type=int, default=[0, 5], help="of each but icl_gap, which has its own")
     parser.add_argument("--docs", type=int, default=192, help="documents of each task at each shot count")
-    parser.add_argument("--dtype", default=None, choices=scoring.DTYPES, help="default bf16 on cuda, fp32 on the CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precast", action="store_true", help="the device has the cast weights alone")
-    parser.add_argument("--state-budget", default=None)
-    parser.add_argument("--batch-tokens", type=int, default=None)
-    options = parser.parse_args()
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    options = scoring.parsed(parser)
     state = PartialState(cpu=options.device == "cpu")
     rank, count = state.process_index, state.num_processes
     if count < 2:
         parser.error("there is one process; start several with torchrun --standalone --nproc_per_node N")
     words = scoring.tokenizer()
-    work = {
-        name if name == "icl_gap" else f"{name}, {shots}-shot": (name, shots, options.docs)
-        for name in options.work
-        for shots in options.shots
-    }
+    work, own = scoring.workload(options), scoring.workload(options, rank, count)
     alone = {}
     if rank == 0:
-        for name, shape in work.items():
-            alone[name] = scoring.run_ours(options, words, scoring.requests_of(*shape))
+        for name, pairs in work.items():
+            alone[name] = scoring.run_ours(options, words, pairs)
             scoring.clear(options.device)
         where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads each"
         print(f"{options.model}, {options.dtype}, {where}; requests per second", flush=True)
@@ -75,26 +62,16 @@ def main() -> None:
             scoring.build(options.model, options.device, torch.float32).save_pretrained(path)
             words.save_pretrained(path)
         dist.barrier()
-        lm = MambaAMP(
-            pretrained=path,
-            backend="causal",
-            dtype=options.dtype,
-            precast=options.precast,
-            state_budget=options.state_budget,
-            batch_tokens=options.batch_tokens,
-            device=options.device,
-        )
-        for name, shape in work.items():
-            own = scoring.requests_of(*shape, rank, count)
-            together(lm, own)
+        lm = scoring.ours(options, pretrained=path, precast=options.precast)
+        for name, pairs in work.items():
+            together(lm, own[name])
             scoring.peak(options.device)
-            took, answers = together(lm, own)
-            of_all = gathered((own, answers, lm.work.run, scoring.peak(options.device)))
+            took, answers = together(lm, own[name])
+            of_all = gathered((own[name], answers, lm.work.run, scoring.peak(options.device)))
             if rank > 0:
                 continue
             before, one, _, expected = alone[name]
-            pairs = scoring.requests_of(*shape)
-            found = {pair: answer[0] for own, answers, *_ in of_all for pair, answer in zip(own, answers, strict=True)}
+            found = {pair: answer[0] for asked, got, *_ in of_all for pair, answer in zip(asked, got, strict=True)}
             worst = max(abs(found[pair] - x) / abs(x) for pair, (x, _) in zip(pairs, expected, strict=True))
             print(
                 f"| {name} | {len(pairs)} | {len(pairs) / before:.0f} | {len(pairs) / took:.0f} | {before / took:.2f} "

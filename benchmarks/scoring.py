@@ -124,11 +124,17 @@ def requests(task: str, shots: int, documents: int, first: int = 0, step: int = 
     return made
 
 
-def requests_of(work: str, shots: int, documents: int, first: int = 0, step: int = 1) -> list[tuple[str, str]]:
-    """`requests` of a task, or those of icl_gap."""
-    if work != "icl_gap":
-        return requests(work, shots, documents, first, step)
-    return [r for task in ICL_GAP for k in (0, 1, 3, 5) for r in requests(task, k, documents, first, step)]
+def workload(options: Any, first: int = 0, step: int = 1) -> dict[str, list[tuple[str, str]]]:
+    """By its name in the table, what is asked for by --work, --shots and --docs, but icl_gap_mini: `requests`."""
+    work: dict[str, list[tuple[str, str]]] = {}
+    for name in options.work:
+        if name == "icl_gap":
+            named = [(task, shots) for task in ICL_GAP for shots in (0, 1, 3, 5)]
+            work[name] = [r for task, shots in named for r in requests(task, shots, options.docs, first, step)]
+        elif name != "icl_gap_mini":
+            for shots in options.shots:
+                work[f"{name}, {shots}-shot"] = requests(name, shots, options.docs, first, step)
+    return work
 
 
 class Recorder(LM):
@@ -205,6 +211,17 @@ def run_peer(options: Any, words: Any, name: str, work: list[tuple[str, str]]) -
     return took, best[1], peak(options.device), answers
 
 
+def ours(options: Any, **given: Any) -> PrefixTreeLM:
+    return MambaAMP(
+        backend="causal",
+        dtype=options.dtype,
+        state_budget=options.state_budget,
+        batch_tokens=options.batch_tokens,
+        device=options.device,
+        **given,
+    )
+
+
 def run_ours(options: Any, words: Any, work: list[tuple[str, str]]) -> tuple[float, Any, float, list]:
     """(seconds, tokens, GiB, answers)."""
     model = build(options.model, options.device, torch.float32)
@@ -213,15 +230,7 @@ def run_ours(options: Any, words: Any, work: list[tuple[str, str]]) -> tuple[flo
         use_mixers(model.requires_grad_(False))
         held.enter_context(precast_frozen_weights(model, options.dtype))
         held.callback(model.to, "cpu")  # where the fp32 weights then stay
-    lm: PrefixTreeLM = MambaAMP(
-        pretrained=model,
-        tokenizer=words,
-        backend="causal",
-        dtype=options.dtype,
-        state_budget=options.state_budget,
-        batch_tokens=options.batch_tokens,
-        device=options.device,
-    )
+    lm = ours(options, pretrained=model, tokenizer=words)
     # On a GPU all of it once before, so that no kernel is compiled within the time; the peer has had its trials.
     seconds(lm, work if options.device == "cuda" else work[: max(64, len(work) // 8)])
     peak(options.device)
@@ -231,33 +240,36 @@ def run_ours(options: Any, words: Any, work: list[tuple[str, str]]) -> tuple[flo
     return took, lm.work, memory, answers
 
 
+def parsed(parser: argparse.ArgumentParser) -> Any:
+    """The command line, with the options of ours added."""
+    parser.add_argument("--shots", nargs="+", type=int, default=[0, 5], help="of each task; icl_gap has its own")
+    parser.add_argument("--dtype", default=None, choices=DTYPES, help="default bf16 on cuda, fp32 on the CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precast", action="store_true", help="on the device ours has the cast weights alone")
+    parser.add_argument("--state-budget", default=None, help="memory for states, as 2GiB; default: what is free")
+    parser.add_argument("--batch-tokens", type=int, default=None, help="of ours; default: what memory allows")
+    options = parser.parse_args()
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    return options
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mamba-130m", choices=[*MAMBA, *MAMBA2, *sorted(EMBEDDED)])
-    parser.add_argument("--work", nargs="+", default=["hellaswag", "mmlu"])
-    parser.add_argument("--shots", nargs="+", type=int, default=[0, 5])
+    names = [*SHAPES, "icl_gap", "icl_gap_mini"]
+    parser.add_argument("--work", nargs="+", default=["hellaswag", "mmlu"], choices=names)
     parser.add_argument("--docs", type=int, default=256, help="documents of each task at each shot count")
-    parser.add_argument("--dtype", default=None, choices=DTYPES, help="default bf16 on cuda, fp32 on the CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer-batch-sizes", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--trial", type=int, default=256, help="requests to find the peer's batch size with")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the fastest counts")
-    parser.add_argument("--precast", action="store_true", help="on the device ours has the cast weights alone")
-    parser.add_argument("--state-budget", default=None)
-    parser.add_argument("--batch-tokens", type=int, default=None)
-    options = parser.parse_args()
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    options = parsed(parser)
     words: Any = tokenizer()
     if options.model in EMBEDDED:
         words = transformers.AutoTokenizer.from_pretrained(Path(str(files("peft_mamba"))) / "embedded" / options.model)
-    work: dict[str, list[tuple[str, str]]] = {}
-    for name in options.work:
-        if name == "icl_gap_mini":
-            work[name] = embedded_benchmark(None if options.docs == parser.get_default("docs") else options.docs)
-        elif name == "icl_gap":
-            work[name] = requests_of(name, 0, options.docs)
-        else:
-            work |= {f"{name}, {shots}-shot": requests(name, shots, options.docs) for shots in options.shots}
+    work = workload(options)
+    if "icl_gap_mini" in options.work:
+        limit = None if options.docs == parser.get_default("docs") else options.docs
+        work["icl_gap_mini"] = embedded_benchmark(limit)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{options.model}, {options.dtype}, {where}; requests per second", flush=True)
     print("| work | requests | tokens asked | run | hf (batch) | ours | speed-up | GiB: hf | ours | difference |")
