@@ -100,7 +100,8 @@ def build(config: Any, arm: str, r: int, held: contextlib.ExitStack) -> tuple[An
         raise click.BadParameter(f"+{unknown.pop()} is nothing that an arm can have: there are {', '.join(EXTRAS)}.")
     kind, what, precision = arm.split("-")
     model = random_model(config, DEVICE)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
+    add_head = peft_mamba.add_fused_lm_head if kind == "ours" else add_fused_lm_head
+    add_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
     if kind == "ours":
         peft_mamba.use_mixers(model)
         if what != "full":

@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from trl.trainer.utils import add_fused_lm_head
 
-from peft_mamba import use_mixers
+from peft_mamba import add_fused_lm_head, use_mixers
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.recomputation import kept_for_backward
 from peft_mamba.precast import precastable
@@ -27,6 +26,7 @@ from .distributed import sharded_launch
 from .errors import out_of_memory
 from .model import with_adapter
 from .settings import Settings, SettingsError
+from .trainer import OUTPUTS
 
 CPU_SHARE = 0.8  # of the memory that is free: there is no error to catch where a system swaps, or kills the process
 MARGIN = 0.1  # of a GPU's memory that a level below block leaves free: real batches differ from the one that is tried
@@ -216,7 +216,7 @@ class _Trial:
 
     def _run(self, size: int) -> bool:
         base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
+        add_fused_lm_head(base, outputs=OUTPUTS)  # as the trainer does
         try:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
                 self._step(size, base.config.vocab_size)

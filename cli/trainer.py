@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from peft_mamba import add_fused_lm_head
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
 from peft_mamba.precision import Precision
 
@@ -25,6 +27,8 @@ from .measures import Meter, Tally
 from .outputs import RunDirectory
 from .packed import FILLER, FullBatches
 
+# What SFTTrainer asks of the head.
+OUTPUTS = ("log_probs", "entropy", "is_top1")
 TRY = (
     "Try a lower --learning-rate, --warmup-steps, or --max-grad-norm below 1{more}; a new run can start from that "
     "checkpoint's weights with --model or peft=."
@@ -55,6 +59,8 @@ class MambaTrainer(SFTTrainer):
         self.precision = precision
         self.directory = directory
         super().__init__(*args, **kwargs)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        add_fused_lm_head(base, outputs=OUTPUTS)
         if full_batches:
             collate: Any = self.data_collator
             arguments: Any = self.args

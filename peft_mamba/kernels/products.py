@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch.torch_version import TorchVersion
 
 from . import fused
 from .reference import Tensor
@@ -17,6 +18,8 @@ HALF = (torch.float16, torch.bfloat16)
 MAX_RANK = 32
 # Elements of the large factor below which a second reading takes less time than it takes to launch these kernels.
 MIN_ELEMENTS = 2**23
+# torch.mm(…, out_dtype=torch.float32), on CUDA alone
+_MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 # From here on Triton has the tensor cores, without which these kernels have neither registers nor shared memory enough.
 CAPABILITY = (8, 0)
 
@@ -26,6 +29,54 @@ def _kernels(x: Tensor) -> ModuleType | None:
     if x.dtype not in HALF or (x.is_cuda and torch.cuda.get_device_capability(x.device) < CAPABILITY):
         return None
     return fused.for_tensor("products_triton", x)
+
+
+def mm_in_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, in float32 where it is in half precision on a GPU and torch can do that, else rounded to that before.
+
+    Args:
+        out: where it goes, in float32, or in float64 as the factors; None: to memory of its own.
+    """
+    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in HALF and a.numel():
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    product = a @ b
+    if out is not None:
+        return out.copy_(product)
+    return product.to(torch.promote_types(a.dtype, torch.float32))
+
+
+def scaled(weight: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """scaling · weight in `dtype`, in one operation: a step launches thousands."""
+    if scaling == 1.0:
+        return weight.to(dtype)
+    return torch.mul(weight, scaling, out=torch.empty_like(weight, dtype=dtype))
+
+
+def cast_adapter(
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    *,
+    down: Tensor | None = None,
+    behind: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An adapter's A, (r, in), and scaling · B, (out, r), in `dtype`; by one kernel where both are float32 on a GPU.
+
+    Args:
+        down: where A goes, contiguous; None: to memory of its own, or nowhere if it is in `dtype`.
+        behind: (out, r), in rows that may lie apart, where scaling · B goes as well.
+    """
+    plain = A.dtype == B.dtype == torch.float32 and A.is_contiguous() and B.is_contiguous()
+    kernels = fused.for_tensor("products_triton", A) if plain and dtype in HALF else None
+    if kernels is not None:
+        return kernels.cast_adapter(A, B, scaling, dtype, down, behind)
+    up = scaled(B, scaling, dtype)
+    if behind is not None:
+        behind.copy_(up)
+    return A.to(dtype) if down is None else down.copy_(A), up
 
 
 def add_products(addend: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,14 +8,15 @@ import triton.language as tl
 
 from .triton.common import Tensor, cdiv, interpreted, next_power_of_2, row_strides
 
-# Two programs fit a processor of an H100, so that one loads while the other stores.
-TILE = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}
+# Several programs fit a processor of an H100, so that one loads while others store.
+TILE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+CAST = {"SIZE": 1024, "num_warps": 4}
 # The most terms that a step of a product takes.
-TERMS = 64
+TERMS = 32
 # A program of `from_both_sides` goes through so many rows of one block of columns, a tile at a time, and leaves sums
 # for each of its rows and columns, which another kernel adds up: atomic sums would come out different every time.
-ROWS_PER_PROGRAM = 512
-BLOCK = {"ROWS": 64, "COLUMNS": 256, "num_warps": 4, "num_stages": 2}
+ROWS_PER_PROGRAM = 1024
+BLOCK = {"ROWS": 64, "COLUMNS": 256, "num_warps": 4, "num_stages": 4}
 SUM = {"SUMS": 256, "AT_ONCE": 8, "num_warps": 4}
 
 
@@ -98,6 +99,48 @@ def add_products(addend: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
             **TILE,
         )
     return y
+
+
+@triton.jit(do_not_specialize=["down_size", "scaling"])
+def _cast_adapter_kernel(
+    A,
+    B,
+    down,
+    up,
+    behind,
+    down_size,
+    up_size,
+    scaling,
+    behind_row,
+    RANK: tl.constexpr,
+    BEHIND: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    of_down, of_up = at < down_size, (at >= down_size) & (at < down_size + up_size)
+    a = tl.load(A + at, mask=of_down, other=0.0)
+    tl.store(down + at, a.to(down.dtype.element_ty), mask=of_down)
+    at -= down_size
+    b = (tl.load(B + at, mask=of_up, other=0.0) * scaling).to(up.dtype.element_ty)
+    tl.store(up + at, b, mask=of_up)
+    if BEHIND:
+        tl.store(behind + (at // RANK).to(tl.int64) * behind_row + at % RANK, b, mask=of_up)
+
+
+def cast_adapter(
+    A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, down: Tensor | None, behind: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`products.cast_adapter` for contiguous A and B in float32."""
+    down, up = torch.empty_like(A, dtype=dtype) if down is None else down, torch.empty_like(B, dtype=dtype)
+    with torch.cuda.device_of(A):
+        _cast_adapter_kernel[(cdiv(A.numel() + B.numel(), CAST["SIZE"]),)](
+            *(A, B, down, up, up if behind is None else behind, A.numel(), B.numel(), float(scaling)),
+            0 if behind is None else behind.stride(0),
+            RANK=len(A),
+            BEHIND=behind is not None,
+            **CAST,
+        )
+    return down, up
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -52,6 +52,9 @@ PAYS = 20
 NEVER = -(2**62)
 # A graph holds the gradients of weights a second time; of more weights than this share it is not worth that.
 MOST_TRAINED = 0.25
+# Layers whose forward is a graph of its own: launching one takes the host more than a microsecond a kernel, for which
+# the GPU would wait at the start of a step. What these take is time enough to launch the rest.
+FIRST_LAYERS = 4
 # Bounds of packed documents are padded to a multiple of this, so that a graph takes batches of more and of fewer.
 BOUNDS = 64
 
@@ -195,7 +198,8 @@ class _StackGraph:
         self._inputs = {name: _room_for(name, tensor) for name, tensor in inputs.items()}
         self._fill(hidden_states, inputs)
         self._parameters = _trained(blocks)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._forward: list[torch.cuda.CUDAGraph] = []
+        self._backward = torch.cuda.CUDAGraph()
         self._step: weakref.ref[_Step] | None = None
         self.replays = 0
         pool = torch.cuda.graph_pool_handle()
@@ -204,8 +208,11 @@ class _StackGraph:
         precision = autocast_like_now("cuda")
         rows = _rows(self._inputs)
         with torch.cuda.device(device), _as_other_leaves(blocks) as leaves:
-            with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=mode), precision():
-                y = run_blocks(blocks, self._x, attention_mask=rows)
+            y = self._x
+            for part in filter(None, (blocks[:FIRST_LAYERS], blocks[FIRST_LAYERS:])):
+                self._forward.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(self._forward[-1], pool=pool, capture_error_mode=mode), precision():
+                    y = run_blocks(part, y, attention_mask=rows)
             # The output, of which a copy has been handed out by then, gives its gradient its memory. Were it saved for
             # backward, autograd would find it changed there, and there would be no graph.
             self._y = self._dy = y.detach().zero_()
@@ -239,8 +246,7 @@ class _StackGraph:
         if [each.data_ptr() for each in self._read] != self._addresses:
             return False
         self._drawn = self._generator.get_offset()
-        self._fill(hidden_states.detach(), inputs)
-        self._forward.replay()
+        self._replay_forward(hidden_states, inputs)
         return True
 
     def take_back(self) -> None:
@@ -251,10 +257,14 @@ class _StackGraph:
 
     def __call__(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         if self._drawn is None:
-            self._fill(hidden_states.detach(), inputs)
-            self._forward.replay()
+            self._replay_forward(hidden_states, inputs)
         self._drawn = None
         return _Replay.apply(self, hidden_states, *self._parameters)
+
+    def _replay_forward(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        self._fill(hidden_states.detach(), inputs)
+        for part in self._forward:
+            part.replay()
 
     def _fill(self, hidden_states: Tensor, inputs: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

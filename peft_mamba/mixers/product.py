@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.torch_version import TorchVersion
 
-from ..kernels.products import add_products, from_both_sides
+from ..kernels.products import add_products, cast_adapter, from_both_sides, mm_in_float32
 from ..kernels.room import HALF, shares, widened, with_columns, with_rows
 from .recomputation import remakes_some, runs_again
 
 Tensor = torch.Tensor
 
-# torch.mm(…, out_dtype=torch.float32), on CUDA alone
-_MM_OUT_DTYPE = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 # Up to so many outputs, a product takes as long as it takes to read its input, which the adapter's A reads as well.
 FEW_OUTPUTS = 256
 
@@ -33,13 +30,6 @@ class Room(NamedTuple):
 
     columns: int = 0
     rows: int = 0
-
-
-def scaled(weight: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """scaling · weight in `dtype`, in one operation: a step launches thousands."""
-    if scaling == 1.0:
-        return weight.to(dtype)
-    return torch.mul(weight, scaling, out=torch.empty_like(weight, dtype=dtype))
 
 
 def is_narrow(weight: Tensor, A: Tensor | None) -> bool:
@@ -58,14 +48,17 @@ def sum_of_products(rows: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor
     return F.linear(t, up, bias).addmm_(rows, weight.t())
 
 
-def _with_down(rows: Tensor, weight: Tensor, A: Tensor, up: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The output, W, A and t = x Aᵀ from one product x [W; A]ᵀ, of which the output takes the memory."""
+def _with_down(
+    rows: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """The output, W, A, scaling · B and t = x Aᵀ from one product x [W; A]ᵀ, of which the output takes the memory."""
     size = len(weight)
     both = torch.empty(size + len(A), weight.shape[1], dtype=rows.dtype, device=rows.device)
-    both[:size], both[size:] = weight, A
+    both[:size] = weight
+    down, up = cast_adapter(A, B, scaling, rows.dtype, down=both[size:])
     made = F.linear(rows, both)
     y, t = (shares(made, (len(rows), n), made.stride(), at) for n, at in ((size, 0), (len(A), size)))
-    return [y.addmm_(t, up.t())], weight if weight.dtype == rows.dtype else both[:size], both[size:], t
+    return [y.addmm_(t, up.t())], weight if weight.dtype == rows.dtype else both[:size], down, up, t
 
 
 def _above(weight: Tensor, down: Tensor, free: Room) -> Tensor:
@@ -96,10 +89,8 @@ def _with_columns(weight: Tensor, columns: int, dtype: torch.dtype, free: Room) 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """scaling · a b in `dtype`: summed in float32 and rounded once."""
-    if _MM_OUT_DTYPE and a.is_cuda and a.dtype in HALF and dtype == torch.float32 and a.numel():
-        product = torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        product = (a @ b).to(dtype)
+    product = mm_in_float32(a, b) if dtype == torch.float32 else a @ b
+    product = product.to(dtype)
     return product if scaling == 1.0 else product.mul_(scaling)
 
 
@@ -117,15 +108,15 @@ class Product(torch.autograd.Function):
         parts = [len(weight)] if sizes is None else list(sizes)
         with _no_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
-            up: Any = None if B is None else scaled(B, scaling, dtype)
+            up: Any = None
             down: Any = None
             if product and _reads_once(x, weight, bias, A, dropout, parts):
-                outputs, W, down, t = _with_down(rows, weight, A, up)
+                outputs, W, down, up, t = _with_down(rows, weight, A, B, scaling)
             else:
                 room = with_columns(x, 0 if A is None else len(A)) if product else None
                 W = weight.to(dtype) if room is None else _with_columns(weight, len(A), dtype, free)
-                down = None if A is None else A.to(dtype)
                 if A is not None:
+                    down, up = cast_adapter(A, B, scaling, dtype, behind=None if room is None else W[:, x.shape[-1] :])
                     kept = rows
                     if dropout:
                         kept, mask = torch.native_dropout(rows, dropout, True)
@@ -134,7 +125,6 @@ class Product(torch.autograd.Function):
                 if not product:
                     outputs = [x.new_empty(1).expand(len(rows), size) for size in parts]
                 elif room is not None:
-                    W[:, x.shape[-1] :] = up
                     outputs = [F.linear(room[0], w, b) for w, b in zip(W.split(parts), offsets, strict=True)]
                     W = weight if weight.dtype == dtype else W[:, : x.shape[-1]]
                     t = t.clone() if remakes_some() else t  # which may let go of x, and of all that shares its memory
@@ -171,9 +161,12 @@ class Product(torch.autograd.Function):
             whole = None
             if ctx.place is not None and for_x and len(present) == len(ctx.parts):
                 whole = ctx.place.collect([dy for _, dy in present])
-            # Where the gradients have room behind them, q is a part of their product with the weight.
-            behind = None if whole is None else whole[:, whole.shape[1] - down.shape[0] :]
-            if wants_q and for_B and len(present) == len(ctx.parts):
+            behind = None
+            if whole is not None:
+                # Where the gradients have room behind them, q is a part of their product with the weight.
+                together, behind = whole.split([len(weight), len(down)], dim=1)
+                present = [(slice(None), together)]
+            if wants_q and for_B and sum(dy.shape[1] for _, dy in present) == len(weight):
                 once = from_both_sides([(dy, up[part]) for part, dy in present], t, ctx.scaling, B_dtype, behind)
                 q, dB = (None, None) if once is None else once
             if wants_q and q is None:

@@ -26,9 +26,10 @@ from torch.func import functional_call
 from torch.nn.modules import module as _global
 
 from ..frozen import from_weights
+from ..kernels.products import scaled
 from ..kernels.room import HALF, GradientPlace, Place, set_gradient_place, useful
 from .linear import Linear
-from .product import Product, Room, is_narrow, scaled, sum_of_products
+from .product import Product, Room, is_narrow, sum_of_products
 from .recomputation import runs_again
 
 Tensor = torch.Tensor

@@ -31,6 +31,12 @@ def kernels(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
 
 
+@pytest.fixture(autouse=True)
+def in_two_parts(monkeypatch):
+    """The forward of models that have but a few layers."""
+    monkeypatch.setattr(graphs, "FIRST_LAYERS", 1)
+
+
 @pytest.fixture
 def replays(monkeypatch):
     """Counts the forwards that were replayed."""

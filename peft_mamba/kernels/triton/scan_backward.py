@@ -28,6 +28,8 @@ from .scan_ring import (
     Z,
     copy_group,
     copy_state,
+    fetch_rows,
+    fetch_state,
     ring_memory,
     row_pieces,
     rows_of,
@@ -176,6 +178,12 @@ def scan_backward(
             sum_bias += d_raw
             sum_D += d_skip
         if RING:
+            # Of the stretch before, what is first read is fetched from DRAM by now.
+            if chunk > 0:
+                earlier = here - CK
+                fetch_state(saved_at - blocks.to(tl.int64) * (N * 32))
+                fetch_rows(u + earlier * stride_u, stride_u, block, CK)
+                fetch_rows(delta + earlier * stride_delta, stride_delta, block, CK)
             copy_state(_slot(kept, 0, N), saved_at, whole == K)
         else:
             sectors = rows + here * distance

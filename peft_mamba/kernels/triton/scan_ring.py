@@ -120,6 +120,30 @@ def _copy(to, address, there):
 
 
 @triton.jit
+def fetch_state(kept):
+    """Ask for a state that `keep` has written to be in the L2 cache soon."""
+    lane = tl.arange(0, 32)
+    for i in tl.static_range(2):
+        _fetch(kept.to(tl.int64) + (i * 32 + lane) * 32)
+
+
+@triton.jit
+def fetch_rows(tensor, stride, block, ROWS: tl.constexpr):
+    """Ask for 32 channels of so many rows to be there."""
+    lane = tl.arange(0, 32)
+    sectors: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
+    for i in tl.static_range(ROWS * sectors // 32):
+        sector = i * 32 + lane
+        row = tensor + block * 32 + (sector // sectors).to(tl.int64) * stride
+        _fetch(row.to(tl.int64) + sector % sectors * 32)
+
+
+@triton.jit
+def _fetch(address):
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
+
+
+@triton.jit
 def take_group(
     ring, turn, rows, distance, there, states, more, K: tl.constexpr, BACK: tl.constexpr, ITEM: tl.constexpr
 ):  # fmt: skip

@@ -4,10 +4,23 @@
 time and, for gradients, against it; `scan_chain` joins those into what each starts from.
 """
 
+import triton
 import triton.language as tl
 
 from .elementwise import LOG2E, sigmoid
-from .scan_programs import RESET, channels_of, kernel, place, program_of, step_size
+from .scan_programs import RESET, channels_of, kernel, penalty, place, program_of, step_size
+from .scan_ring import (
+    DELTA,
+    U,
+    Z,
+    copy_group,
+    ring_memory,
+    row_pieces,
+    rows_of,
+    state_pieces,
+    states_of,
+    take_group,
+)
 from .scan_tiles import (
     advance,
     decay_rates,
@@ -25,7 +38,7 @@ def scan_ends(
     u, delta, A, B, bias, resets, lengths, cu_seqlens, last, elapsed,
     stride_u, stride_delta, length, channels, blocks, offset, segments, split, waves, programs,
     STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESETS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, MASK_D: tl.constexpr, MASKED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """The state that a segment leaves behind a zero state, and the decay of a state over it.
 
@@ -50,7 +63,33 @@ def scan_ends(
     delta += row * stride_delta
     B_t = B + row * N + states_at(N)
     resets += row
-    for t in range(0, tokens, K):
+    whole = 0
+    if RING:
+        whole = tokens // K * K
+        turn = tl.zeros([], tl.int32)
+        ring = ring_memory(K, RING)
+        rows, distance, there = row_pieces(
+            u, delta, u, u, stride_u, stride_delta, stride_u, stride_u, block, RING, False, False
+        )
+        states = state_pieces(B + row * N, B + row * N)
+        copy_group(ring, turn, rows, distance, there, states, whole > 0, K, RING)
+        for t in range(0, whole, K):
+            group, turn, rows, states = take_group(
+                ring, turn, rows, distance, there, states, t + K < whole, K, False, RING
+            )
+            xs, raws = rows_of(group, U, u, K, RING), rows_of(group, DELTA, delta, K, RING)
+            bs, _ = states_of(group, K, RING)
+            for k in tl.static_range(K):
+                dd, slope = step_size(raws[k] + bias_d, t + k, limit, HAS_LENGTHS)
+                start = penalty(resets, t + k, HAS_RESETS)
+                h = advance(h, dd, xs[k], bs[k], a, start, N)
+                time += dd
+                boundary = tl.minimum(boundary, start)
+        u += whole.to(tl.int64) * stride_u
+        delta += whole.to(tl.int64) * stride_delta
+        B_t += whole.to(tl.int64) * N
+        resets += whole
+    for t in range(whole, tokens, K):
         xs, raws, oks = (), (), ()
         for k in tl.static_range(K):
             real = t + k < tokens
@@ -61,12 +100,12 @@ def scan_ends(
             dd, slope = step_size(raws[k] + bias_d, t + k, limit, HAS_LENGTHS)
             dd = tl.where(oks[k], dd, 0.0)
             b = load_states_inside(B_t + k * N, oks[k], N)
-            penalty = 0.0
+            start = 0.0
             if HAS_RESETS:
-                penalty = tl.where(tl.load(resets + k, mask=oks[k], other=0) != 0, RESET, 0.0)
-            h = advance(h, dd, xs[k], b, a, penalty, N)
+                start = tl.where(tl.load(resets + k, mask=oks[k], other=0) != 0, RESET, 0.0)
+            h = advance(h, dd, xs[k], b, a, start, N)
             time += dd
-            boundary = tl.minimum(boundary, penalty)
+            boundary = tl.minimum(boundary, start)
         u += K * stride_u
         delta += K * stride_delta
         B_t += K * N
@@ -84,7 +123,7 @@ def scan_ends_backward(
     stride_delta, stride_z, stride_dy, length, channels, blocks, offset, segments, split, waves, programs,
     STATES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESETS: tl.constexpr, HAS_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, MASK_D: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state before a segment, from its own outputs alone."""
     if place(waves) >= programs:
@@ -98,13 +137,41 @@ def scan_ends_backward(
     tiles, inside = state_tiles(block, channels, STATES, N)
     a = decay_rates(A, tiles, inside, N, MASKED)
     dh = no_state(N)
-    row = first + segment * split + tokens - K
+    row = first + segment * split
+    whole = 0
+    if RING:
+        # Groups are counted from the segment's end.
+        whole = tokens // K * K
+        turn = tl.zeros([], tl.int32)
+        ring = ring_memory(K, RING)
+        rows, distance, there = row_pieces(
+            dy, delta, dy, z, stride_dy, stride_delta, stride_dy, stride_z, block, RING, False, HAS_Z
+        )
+        last = row + tokens - K
+        rows += last * distance
+        states = state_pieces(C + last * N, C + last * N)
+        copy_group(ring, turn, rows, distance, there, states, whole > 0, K, RING)
+        for back in range(0, whole, K):
+            group, turn, rows, states = take_group(
+                ring, turn, rows, distance, there, states, back + K < whole, K, True, RING
+            )
+            gs, raws = rows_of(group, U, dy, K, RING), rows_of(group, DELTA, delta, K, RING)
+            gates = rows_of(group, Z, z, K, RING) if HAS_Z else gs
+            cs, _ = states_of(group, K, RING)
+            t = tokens - K - back
+            for j in tl.static_range(K):
+                g = gs[K - 1 - j]
+                if HAS_Z:
+                    g *= gates[K - 1 - j] * sigmoid(gates[K - 1 - j])
+                dd, slope = step_size(raws[K - 1 - j] + bias_d, t + K - 1 - j, limit, HAS_LENGTHS)
+                dh = _retreat(dh, dd, g, cs[K - 1 - j], a, penalty(resets + row, t + K - 1 - j, HAS_RESETS), N)
+    row += tokens - whole - K
     delta += row * stride_delta
     z += row * stride_z
     dy += row * stride_dy
     C_t = C + row * N + states_at(N)
     resets += row
-    for back in range(0, tokens, K):
+    for back in range(whole, tokens, K):
         t = tokens - K - back
         raws, gs = (), ()
         for k in tl.static_range(K):
@@ -120,22 +187,28 @@ def scan_ends_backward(
             dd, slope = step_size(raws[K - 1 - j] + bias_d, t + K - 1 - j, limit, HAS_LENGTHS)
             dd = tl.where(real, dd, 0.0)
             c = load_states_inside(C_t + (K - 1 - j) * N, real, N)
-            penalty = 0.0
+            start = 0.0
             if HAS_RESETS:
-                penalty = tl.where(tl.load(resets + K - 1 - j, mask=real, other=0) != 0, RESET, 0.0)
-            outs, steps = spread(gs[K - 1 - j], N), spread(dd, N)
-            dh = (
-                (dh[0] + outs[0] * c) * tl.exp2(steps[0] * a[0] + penalty),
-                (dh[1] + outs[1] * c) * tl.exp2(steps[1] * a[1] + penalty),
-                (dh[2] + outs[2] * c) * tl.exp2(steps[2] * a[2] + penalty),
-                (dh[3] + outs[3] * c) * tl.exp2(steps[3] * a[3] + penalty),
-            )
+                start = tl.where(tl.load(resets + K - 1 - j, mask=real, other=0) != 0, RESET, 0.0)
+            dh = _retreat(dh, dd, gs[K - 1 - j], c, a, start, N)
         delta -= K * stride_delta
         z -= K * stride_z
         dy -= K * stride_dy
         C_t -= K * N
         resets -= K
     store_tiles(dh0 + (sequence * segments + segment) * channels * STATES, tiles, inside, dh, MASKED)
+
+
+@triton.jit
+def _retreat(dh, dd, out, c, a, penalty, N: tl.constexpr):
+    """The gradient of the state before a token, from that of the state after it and of its output."""
+    outs, steps = spread(out, N), spread(dd, N)
+    return (
+        (dh[0] + outs[0] * c) * tl.exp2(steps[0] * a[0] + penalty),
+        (dh[1] + outs[1] * c) * tl.exp2(steps[1] * a[1] + penalty),
+        (dh[2] + outs[2] * c) * tl.exp2(steps[2] * a[2] + penalty),
+        (dh[3] + outs[3] * c) * tl.exp2(steps[3] * a[3] + penalty),
+    )
 
 
 @kernel

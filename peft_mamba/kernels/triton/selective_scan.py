@@ -23,6 +23,7 @@ from .scan_forward import scan_forward
 from .scan_memory import SHARED_BYTES
 from .scan_ring import STATES, ring_bytes
 from .scan_segments import scan_chain, scan_ends, scan_ends_backward
+from .scan_sums import sum_shares
 from .step import is_step, selective_step
 
 # Channels of a program: the lanes of its one warp.
@@ -160,7 +161,7 @@ class _Layout:
     def N(self) -> int:
         return max(4, 1 << (self.states - 1).bit_length())
 
-    def ring(self, *rows: Tensor | None, states: tuple[Tensor, Tensor]) -> int:
+    def ring(self, *rows: Tensor | None, states: tuple[Tensor, ...]) -> int:
         """Bytes of a number of these rows, if the kernels can copy them ahead (`scan_ring`); else 0."""
         given = [x for x in rows if x is not None]
         item = given[0].element_size()
@@ -200,9 +201,21 @@ class _Layout:
         """States as the kernels keep them for each other."""
         return like.new_empty((count, self.blocks, self.N * LANES), dtype=torch.float32)
 
-    def per_token(self, x: Tensor) -> Tensor:
-        """B or C to float32, contiguous, with zeros for states that only the tiles have."""
-        return (F.pad(x.float(), (0, self.N - self.states)) if self.states != self.N else x.float()).contiguous()
+    def per_token(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C in float32, contiguous, with zeros for states that only the tiles have."""
+        if self.states == self.N and _side_by_side(B, C):
+            together = B.as_strided((2, *B.shape), (self.states, *B.stride()))
+            return torch.empty(together.shape, dtype=torch.float32, device=B.device).copy_(together).unbind()
+        more = self.N - self.states
+        padded = (F.pad(x.float(), (0, more)) if more else x.float() for x in (B, C))
+        return tuple(x.contiguous() for x in padded)  # type: ignore[return-value]
+
+
+def _side_by_side(B: Tensor, C: Tensor) -> bool:
+    """Whether they are neighbours in the rows of one tensor, from which one kernel takes both."""
+    alike = (B.shape, B.stride(), B.dtype) == (C.shape, C.stride(), C.dtype)
+    one_tensor = alike and B.untyped_storage().data_ptr() == C.untyped_storage().data_ptr()
+    return one_tensor and B.stride(-1) == 1 and C.storage_offset() == B.storage_offset() + B.shape[-1]
 
 
 @functools.cache
@@ -260,12 +273,13 @@ def _forward(
 ) -> _Scan:  # fmt: skip
     layout = _Layout.of(u, A.shape[1], cu_seqlens)
     u, delta, z = _rows(u), _rows(delta), _rows(z)
+    B, C = layout.per_token(B, C)
     given = {
         "u": u,
         "delta": delta,
         "A": A.float().contiguous(),
-        "B": layout.per_token(B),
-        "C": layout.per_token(C),
+        "B": B,
+        "C": C,
         "D": None if D is None else D.float(),
         "z": z,
         "bias": None if delta_bias is None else delta_bias.float(),
@@ -385,14 +399,17 @@ class _SelectiveScan(torch.autograd.Function):
                 for name, total in sums.items():
                     if total is not None:
                         total += parts[name][: count * layout.segments].sum(0, keepdim=True)
-        dBC = shares.sum(1)[..., : layout.states].unflatten(0, u.shape[:2])
         type_A, type_B, type_C, type_D, type_bias, type_h0 = ctx.dtypes
+        dB = dC = None
+        if needs_B or needs_C:
+            with torch.cuda.device_of(u):
+                dB, dC = (x.unflatten(0, u.shape[:2]) for x in sum_shares(shares, layout.states, (type_B, type_C)))
         return (
             du,
             ddelta,
             sums["dA"][0].to(type_A) if needs_A else None,
-            dBC[:, :, 0].to(type_B) if needs_B else None,
-            dBC[:, :, 1].to(type_C) if needs_C else None,
+            dB if needs_B else None,
+            dC if needs_C else None,
             sums["dD"][0, : layout.channels].to(type_D) if needs_D else None,
             dz,
             sums["dbias"][0, : layout.channels].to(type_bias) if needs_bias else None,
@@ -434,7 +451,8 @@ def _starts(layout: _Layout, given: dict[str, Any], h0: Tensor | None, index: Te
     """The state that each segment starts from, and what decays a state over it."""
     ends = layout.new_states(given["u"], layout.sequences * layout.segments)
     elapsed = ends.new_empty(len(ends), layout.blocks, 2, LANES)
-    _launch(scan_ends, layout, layout.sequences, given, last=ends, elapsed=elapsed, K=FORWARD_GROUP)
+    ring = layout.ring(given["u"], given["delta"], states=(given["B"],))
+    _launch(scan_ends, layout, layout.sequences, given, last=ends, elapsed=elapsed, K=FORWARD_GROUP, RING=ring)
     _chain(layout, given, elapsed, h0, index, ends, reverse=False)
     return ends, elapsed
 
@@ -444,7 +462,8 @@ def _starts_backward(
 ) -> Tensor:
     """The gradient of the state that each segment ends with."""
     gradients = layout.new_states(dy, layout.sequences * layout.segments)
-    _launch(scan_ends_backward, layout, layout.sequences, given, dy=dy, dh0=gradients, K=FORWARD_GROUP)
+    ring = layout.ring(dy, given["delta"], given["z"], states=(given["C"],))
+    _launch(scan_ends_backward, layout, layout.sequences, given, dy=dy, dh0=gradients, K=FORWARD_GROUP, RING=ring)
     _chain(layout, given, elapsed, dlast, None, gradients, reverse=True)
     return gradients
 
