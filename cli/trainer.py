@@ -59,7 +59,7 @@ class MambaTrainer(SFTTrainer):
         self.precision = precision
         self.directory = directory
         super().__init__(*args, **kwargs)
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_fused_lm_head(base, outputs=OUTPUTS)
         if full_batches:
             collate: Any = self.data_collator

@@ -76,18 +76,27 @@ def token_scores(
     return TokenScores(*_Scores.apply(hidden, weight, targets, temperature, outputs, rows))
 
 
+class _How(NamedTuple):
+    """The dtype of products, what logits are divided by, and which tokens to score; None: all."""
+
+    dtype: torch.dtype
+    temperature: float
+    rows: Tensor | None
+
+
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, outputs, rows):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        given = hidden.detach(), weight.detach(), targets
-        ctx.set_materialize_grads(False)
-        ctx.how = dtype, temperature, rows
-        ctx.given = given if "entropy" in outputs else None
+        ctx.how = _How(dtype, temperature, rows)
+        made, gradient = _score(
+            *(hidden, weight, targets, ctx.how, outputs), "log_probs" if ctx.needs_input_grad[0] else None
+        )
+        ctx.again = "entropy" in outputs
+        ctx.save_for_backward(gradient, *((hidden, weight, targets) if ctx.again else ()))
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        made, gradient = _score(*given, *ctx.how, outputs, "log_probs" if ctx.needs_input_grad[0] else None)
-        ctx.save_for_backward(gradient)
+        ctx.set_materialize_grads(False)
         scores = [None if each is None else _spread(each, rows, len(targets)) for each in made]
         if scores[2] is not None:
             ctx.mark_non_differentiable(scores[2])
@@ -95,19 +104,22 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_log_probs, d_entropy, _):
-        rows = ctx.how[2]
+    def backward(ctx, d_log_probs, d_entropy, _):  # type: ignore[override]  # mypy sees the decorator, not the method
+        gradient, *given = ctx.saved_tensors
         total = None
-        for name, by in (("log_probs", d_log_probs), ("entropy", d_entropy)):
-            if by is None:
-                continue
-            (gradient,) = ctx.saved_tensors if name == "log_probs" else _score(*ctx.given, *ctx.how, (), name)[1:]
-            by = by if rows is None else by.index_select(0, rows)
-            part = gradient * by[:, None]
+        if d_log_probs is not None:
+            total = _times(gradient, d_log_probs, ctx.how.rows)
+        if d_entropy is not None:
+            hidden, weight, targets = given
+            _, of_entropy = _score(hidden, weight, targets, ctx.how, (), "entropy")
+            part = _times(of_entropy, d_entropy, ctx.how.rows)
             total = part if total is None else total.add_(part)
-        if total is None:
-            return (None,) * 6
-        return _spread(total.to(ctx.dtype), rows, ctx.shape[0]), *(None,) * 5
+        d_hidden = None if total is None else _spread(total.to(ctx.dtype), ctx.how.rows, ctx.shape[0])
+        return d_hidden, None, None, None, None, None
+
+
+def _times(gradient: Tensor, by: Tensor, rows: Tensor | None) -> Tensor:
+    return gradient * (by if rows is None else by.index_select(0, rows))[:, None]
 
 
 def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
@@ -118,82 +130,68 @@ def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
 
 
 def _score(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    dtype: torch.dtype,
-    temperature: float,
-    rows: Tensor | None,
-    outputs: tuple[str, ...],
-    gradient: str | None,
-) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor | None]:
-    """(N,) each of the `rows`, and (N, H) the gradient of the score so named, for each token's own."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, how: _How, outputs: tuple[str, ...], gradient: str | None
+) -> tuple[TokenScores, Any]:
+    """(n,) each of the n tokens to score, and (n, H) each token's gradient of the score so named, if any."""
+    dtype = how.dtype
     autocast = torch.is_autocast_enabled(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        if rows is not None:
-            hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
+        if how.rows is not None:
+            hidden, targets = hidden.index_select(0, how.rows), targets.index_select(0, how.rows)
         inputs, W = hidden.to(dtype), weight.to(dtype)
         count, size = len(inputs), len(W)
-        stats = accumulator_dtype(inputs)
-        log_probs = torch.empty(count, dtype=stats, device=hidden.device)
-        entropy = torch.empty_like(log_probs) if "entropy" in outputs else None
-        is_top1 = torch.empty_like(log_probs, dtype=torch.bool) if "is_top1" in outputs else None
-        made = None if gradient is None else torch.empty(hidden.shape, dtype=stats, device=hidden.device)
+        log_probs = torch.empty(count, dtype=accumulator_dtype(inputs), device=hidden.device)
+        scores = TokenScores(
+            log_probs,
+            torch.empty_like(log_probs) if "entropy" in outputs else None,
+            torch.empty_like(log_probs, dtype=torch.bool) if "is_top1" in outputs else None,
+        )
+        made = None if gradient is None else log_probs.new_empty(hidden.shape)
         scale = HALF_SCALE if dtype == torch.float16 else 1.0
         kernels = fused.for_tensor(KERNELS, inputs)
         run = _in_pytorch if kernels is None else kernels.score
-        held: Any = None
         chunk = _chunk(count, size * dtype.itemsize, CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES)
+        # Rows at multiples of 16 bytes, which products need to be fast.
+        held = inputs.new_empty(min(chunk, count), -(-size // 8) * 8)[:, :size]
         for first in range(0, count, chunk):
             here = slice(first, first + chunk)
             x = inputs[here]
-            if held is None:
-                # Rows at multiples of 16 bytes, which products need to be fast.
-                held = torch.empty(chunk, -(-size // 8) * 8, dtype=dtype, device=hidden.device)[:, :size]
             logits = torch.mm(x, W.t(), out=held[: len(x)])
-            of_chunk = [None if each is None else each[here] for each in (log_probs, entropy, is_top1)]
-            run(logits, targets[here], 1 / temperature, scale, *of_chunk, gradient)
+            of_chunk = TokenScores._make(None if each is None else each[here] for each in scores)
+            run(logits, targets[here], 1 / how.temperature, scale, of_chunk, gradient)
             if made is not None:
                 mm_in_float32(logits, W, out=made[here])
         if made is not None and scale != 1.0:
             made.mul_(1 / scale)
-    return (log_probs, entropy, is_top1), made
+    return scores, made
 
 
 def _chunk(tokens: int, bytes_each: int, limit: int) -> int:
     """Of how many tokens logits are held: parts of about one size, of whole tiles of a product."""
-    parts = -(-tokens * bytes_each // limit)
-    return max(1, min(tokens, -(-tokens // (max(1, parts) * 128)) * 128))
+    parts = max(1, -(-tokens * bytes_each // limit))
+    return max(1, min(tokens, -(-tokens // (parts * 128)) * 128))
 
 
 def _in_pytorch(
-    logits: Tensor,
-    targets: Tensor,
-    rate: float,
-    scale: float,
-    log_probs: Tensor,
-    entropy: Tensor | None,
-    is_top1: Tensor | None,
-    gradient: str | None,
+    logits: Tensor, targets: Tensor, rate: float, scale: float, scores: TokenScores, gradient: str | None
 ) -> None:
     """Writes the scores of a chunk, and over `logits` `scale` times the gradient of one of them by the logits."""
-    z = logits.to(log_probs.dtype) * rate
-    counts = targets != IGNORED
+    z = logits.to(scores.log_probs.dtype) * rate
+    ignored = targets == IGNORED
     targets = targets.clamp(min=0)[:, None]
-    if is_top1 is not None:
-        torch.logical_and(z.argmax(-1) == targets[:, 0], counts, out=is_top1)
+    if scores.is_top1 is not None:
+        torch.logical_and(z.argmax(-1) == targets[:, 0], ~ignored, out=scores.is_top1)
     log_p = z.sub_(z.logsumexp(-1, keepdim=True))
-    log_probs.copy_(log_p.gather(-1, targets)[:, 0].masked_fill_(~counts, 0.0))
-    if entropy is None and gradient is None:
+    scores.log_probs.copy_(log_p.gather(-1, targets)[:, 0].masked_fill_(ignored, 0.0))
+    if scores.entropy is None and gradient is None:
         return
     p = log_p.exp()
-    spread = (p * log_p).sum(-1).neg_() if entropy is not None or gradient == "entropy" else None
-    if entropy is not None:
-        entropy.copy_(spread.masked_fill(~counts, 0.0))
+    if scores.entropy is not None:
+        scores.entropy.copy_((p * log_p).sum(-1).neg_().masked_fill_(ignored, 0.0))
     if gradient is None:
         return
     if gradient == "entropy":
-        by_logits = p.mul_(log_p.add_(spread[:, None]))
+        by_logits = p.mul_(log_p.sub_((p * log_p).sum(-1, keepdim=True)))
     else:
         by_logits = p.scatter_add_(-1, targets, p.new_full(targets.shape, -1.0))
-    logits.copy_(by_logits.mul_(-rate * scale).masked_fill_(~counts[:, None], 0.0))
+    logits.copy_(by_logits.mul_(-rate * scale).masked_fill_(ignored[:, None], 0.0))

@@ -127,12 +127,11 @@ def score(
     targets: Tensor,
     rate: float,
     scale: float,
-    log_probs: Tensor,
-    entropy: Tensor | None,
-    is_top1: Tensor | None,
+    scores: tuple[Tensor, Tensor | None, Tensor | None],
     gradient: str | None,
 ) -> None:
     """`head._in_pytorch` as one kernel."""
+    log_probs, entropy, is_top1 = scores
     with torch.cuda.device_of(logits):
         _score_kernel[(len(logits),)](
             *(logits, targets, log_probs),

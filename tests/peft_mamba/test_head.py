@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_mamba.kernels import head
@@ -34,6 +34,7 @@ def drawn(tokens, vocabulary, width, dtype, ignored=0.3):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@settings(deadline=None)
 @given(
     tokens=st.integers(0, 300),
     vocabulary=st.integers(2, 40),

@@ -33,7 +33,7 @@ def test_scores_of_a_chunk(device, kernel, tokens, vocabulary, gradient, dtype):
     expected = scores_in_float64(logits, targets, 0.7, gradient)
     out = [torch.full((tokens,), 7.0, device=device) for _ in range(2)]
     is_top1 = torch.zeros(tokens, dtype=torch.bool, device=device)
-    kernel.score(logits, targets, 1 / 0.7, 2.0, *out, is_top1, gradient)
+    kernel.score(logits, targets, 1 / 0.7, 2.0, (*out, is_top1), gradient)
     assert torch.allclose(out[0].double(), expected[0], atol=1e-4) and torch.allclose(
         out[1].double(), expected[1], atol=1e-4
     )

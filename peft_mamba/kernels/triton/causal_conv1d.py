@@ -19,8 +19,10 @@ from .common import Tensor, cdiv, row_strides, search_steps
 
 # Beyond this the registers of backward's window run out.
 MAX_WIDTH = 8
-# A program, one warp, takes so many channels of a strip of so many tokens, GROUP of them at a time.
+# A program, one warp, takes so many channels of a strip of so many tokens, GROUP of them at a time; in backward, which
+# reads further beyond a strip, of a longer one.
 CHANNELS, TOKENS, GROUP = 128, 16, 8
+BACKWARD_TOKENS = 32
 # Where the weight gets a gradient, every strip leaves sums: longer strips, leaving registers to the sums; shorter where
 # else there would be fewer programs on a multiprocessor.
 SUMMED_TOKENS, SUMMED_GROUP, PROGRAMS = 128, 4, 16
@@ -80,7 +82,7 @@ class _CausalConv1d(torch.autograd.Function):
         need_weight = need_weight or need_bias
         dy = row_strides(dy)
         batch, length, channels = x.shape
-        tokens = _summed_tokens(x) if need_weight else TOKENS
+        tokens = _summed_tokens(x) if need_weight else BACKWARD_TOKENS
         strips = cdiv(length, tokens)
         switches = _switches(weight, bias, ctx.silu, seq_idx, cu_seqlens)
         dx = new_gradient(ctx.place, x, reads=dy) if need_x else None

@@ -9,7 +9,7 @@ import triton.language as tl
 from .common import Tensor, cdiv
 
 # Tokens of a program, and numbers that it loads at once.
-TOKENS, NUMBERS = 4, 2048
+TOKENS, NUMBERS = 2, 1024
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])

@@ -205,10 +205,11 @@ class _Layout:
         """B and C in float32, contiguous, with zeros for states that only the tiles have."""
         if self.states == self.N and _side_by_side(B, C):
             together = B.as_strided((2, *B.shape), (self.states, *B.stride()))
-            return torch.empty(together.shape, dtype=torch.float32, device=B.device).copy_(together).unbind()
+            made = torch.empty(together.shape, dtype=torch.float32, device=B.device).copy_(together)
+            return made[0], made[1]
         more = self.N - self.states
-        padded = (F.pad(x.float(), (0, more)) if more else x.float() for x in (B, C))
-        return tuple(x.contiguous() for x in padded)  # type: ignore[return-value]
+        B, C = (F.pad(x.float(), (0, more)) if more else x.float() for x in (B, C))
+        return B.contiguous(), C.contiguous()
 
 
 def _side_by_side(B: Tensor, C: Tensor) -> bool:
