@@ -7,13 +7,13 @@
     python benchmarks/lora_step.py --scaling --model mamba-130m # length 512 to 65,536 at equal tokens
     python benchmarks/lora_step.py --fit                        # 2.8B and 2.7B within 24 GB
 
-An arm is KIND-WHAT-PRECISION[:RECOMPUTE[+graphs][+precast]]. KIND is ours, or stock: transformers' mixers and PEFT's
-own tuner. WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families (`lora`), of ours
-the `sll` preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both. RECOMPUTE is what our
-blocks make again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and packed batches
-filled up to one size; with +precast frozen weights are on the device in half precision alone.
+An arm is KIND-WHAT-PRECISION[:RECOMPUTE[+graphs][+precast]]. KIND is ours, or stock: transformers' mixers, PEFT's
+own tuner, TRL's own head. WHAT is full, or a LoRA: of stock the modules that plain PEFT permits on these families
+(`lora`), of ours the `sll` preset, which has out_proj as well. PRECISION is fp32 weights under autocast for both.
+RECOMPUTE is what our blocks make again in backward: none, mixer or block; with +graphs the layers are CUDA graphs, and
+packed batches filled up to one size; with +precast frozen weights are on the device in half precision alone.
 
-All arms take the same step: TRL's loss over chunks of the vocabulary, backward, the norm of the gradient clipped,
+All arms take the same step: the loss of TRL's trainers, backward, the norm of the gradient clipped,
 AdamW. Weights and tokens are random. The first steps, which compile and tune kernels, are not timed; the time is the
 median of the rest, memory the peak of all that is allocated, weights and optimizer included, and with graphs all that
 torch has reserved, since nothing counts what is in use within them. fp32 is without TF32, but
@@ -35,6 +35,7 @@ import click
 import peft
 import torch
 from datasets import Dataset
+from lm_eval_mamba.cli import fused_head
 from lm_eval_mamba.cli.packed import FILLER, FullBatches
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
@@ -100,7 +101,7 @@ def build(config: Any, arm: str, r: int, held: contextlib.ExitStack) -> tuple[An
         raise click.BadParameter(f"+{unknown.pop()} is nothing that an arm can have: there are {', '.join(EXTRAS)}.")
     kind, what, precision = arm.split("-")
     model = random_model(config, DEVICE)
-    add_head = peft_mamba.add_fused_lm_head if kind == "ours" else add_fused_lm_head
+    add_head = fused_head.add_fused_lm_head if kind == "ours" else add_fused_lm_head
     add_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
     if kind == "ours":
         peft_mamba.use_mixers(model)

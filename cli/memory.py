@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from peft_mamba import add_fused_lm_head, use_mixers
+from peft_mamba import use_mixers
 from peft_mamba.mixers import LEVELS, recompute
 from peft_mamba.mixers.recomputation import kept_for_backward
 from peft_mamba.precast import precastable
@@ -24,6 +24,7 @@ from peft_mamba.precision import Precision
 
 from .distributed import sharded_launch
 from .errors import out_of_memory
+from .fused_head import add_fused_lm_head
 from .model import with_adapter
 from .settings import Settings, SettingsError
 from .trainer import OUTPUTS

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from peft_mamba import add_fused_lm_head
 from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
 from peft_mamba.precision import Precision
 
 from . import distributed
+from .fused_head import add_fused_lm_head
 from .measures import Meter, Tally
 from .outputs import RunDirectory
 from .packed import FILLER, FullBatches
@@ -59,8 +58,7 @@ class MambaTrainer(SFTTrainer):
         self.precision = precision
         self.directory = directory
         super().__init__(*args, **kwargs)
-        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        add_fused_lm_head(base, outputs=OUTPUTS)
+        add_fused_lm_head(self.model, outputs=OUTPUTS)
         if full_batches:
             collate: Any = self.data_collator
             arguments: Any = self.args

@@ -6,7 +6,6 @@ print(peft_mamba.report(model))
 """
 
 from .config import MambaLoraConfig
-from .fused_head import add_fused_lm_head
 from .kernels import KernelError, Kernels
 from .mixers import RecomputeError, recompute, use_cuda_graphs, use_mixers
 from .precast import PrecastError, precast_frozen_weights
@@ -24,7 +23,6 @@ __all__ = [
     "RecomputeError",
     "Report",
     "TargetError",
-    "add_fused_lm_head",
     "precast_frozen_weights",
     "preset_modules",
     "recompute",

@@ -95,12 +95,9 @@ class _Scores(torch.autograd.Function):
         )
         ctx.again = "entropy" in outputs
         ctx.save_for_backward(gradient, *((hidden, weight, targets) if ctx.again else ()))
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.count = len(hidden)
         ctx.set_materialize_grads(False)
-        scores = [None if each is None else _spread(each, rows, len(targets)) for each in made]
-        if scores[2] is not None:
-            ctx.mark_non_differentiable(scores[2])
-        return tuple(scores)
+        return tuple(None if each is None else _spread(each, rows, len(targets)) for each in made)
 
     @staticmethod
     @once_differentiable
@@ -114,7 +111,7 @@ class _Scores(torch.autograd.Function):
             _, of_entropy = _score(hidden, weight, targets, ctx.how, (), "entropy")
             part = _times(of_entropy, d_entropy, ctx.how.rows)
             total = part if total is None else total.add_(part)
-        d_hidden = None if total is None else _spread(total.to(ctx.dtype), ctx.how.rows, ctx.shape[0])
+        d_hidden = None if total is None else _spread(total, ctx.how.rows, ctx.count)
         return d_hidden, None, None, None, None, None
 
 

@@ -7,12 +7,12 @@ import copy
 import peft
 import pytest
 import torch
+from lm_eval_mamba.cli import fused_head
 from trl.trainer.utils import add_fused_lm_head as add_theirs
 
 import peft_mamba
-from peft_mamba import fused_head
 
-from .tiny import PRECISIONS, relative_rms, tiny_model, tokens
+from ..peft_mamba.tiny import PRECISIONS, relative_rms, tiny_model, tokens
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")
 
@@ -25,7 +25,7 @@ def adapted(family, outputs=OUTPUTS, **config):
     theirs = peft.get_peft_model(model, config).train()
     ours = copy.deepcopy(theirs)
     add_theirs(theirs.get_base_model(), outputs=outputs)
-    assert peft_mamba.add_fused_lm_head(ours.get_base_model(), outputs=outputs)
+    assert fused_head.add_fused_lm_head(ours, outputs=outputs)
     return theirs, ours
 
 
@@ -86,7 +86,7 @@ def test_where_trls_own_runs(what, scored):
     peft_mamba.use_mixers(model)
     model.requires_grad_(what == "trained")
     outputs = (*OUTPUTS, "mean_logits") if what == "outputs" else OUTPUTS
-    assert peft_mamba.add_fused_lm_head(model, outputs=outputs) == (what not in ("outputs", "family"))
+    assert fused_head.add_fused_lm_head(model, outputs=outputs) == (what not in ("outputs", "family"))
     top = model.get_output_embeddings()
     if what == "adapted":
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2))
@@ -106,14 +106,17 @@ def test_where_trls_own_runs(what, scored):
     assert not scored
 
 
-def test_generation_and_temperature(scored):
-    theirs, ours = adapted("mamba")
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_generation_and_temperature(family, scored):
+    theirs, ours = adapted(family)
     prompt = tokens(1, 5)
+    with pytest.raises(ValueError, match="nonsense"):
+        ours.eval().generate(prompt, max_new_tokens=1, nonsense=1)
     generated = [m.eval().generate(prompt, max_new_tokens=4, do_sample=False) for m in (theirs, ours)]
     assert torch.equal(*generated) and not scored
     base = ours.get_base_model()
     del base.forward
-    peft_mamba.add_fused_lm_head(base, temperature=0.5)
+    fused_head.add_fused_lm_head(base, temperature=0.5)
     ids = tokens()
     with torch.no_grad():
         out = ours(ids, labels=ids, fused_lm_head=True)
@@ -125,7 +128,7 @@ def test_a_trained_head_has_its_gradient_also_while_nothing_else_is_trained(scor
     """Full fine-tuning, and evaluation of it, where no gradient is wanted."""
     model = tiny_model("mamba2")
     peft_mamba.use_mixers(model)
-    peft_mamba.add_fused_lm_head(model)
+    fused_head.add_fused_lm_head(model)
     ids = tokens()
     model(ids, labels=ids, fused_lm_head=True).loss.backward()
     assert model.get_output_embeddings().weight.grad.any() and not scored

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import add_fused_lm_head as add_theirs
 
-from .kernels.head import IGNORED, OUTPUTS, token_scores
-from .mixers.projection import is_bare, is_linear
+from peft_mamba.kernels.head import IGNORED, OUTPUTS, token_scores
+from peft_mamba.mixers.projection import is_bare, is_linear
 
 Tensor = torch.Tensor
 
@@ -24,46 +27,45 @@ FAMILIES = (modeling_mamba.MambaForCausalLM, modeling_mamba2.Mamba2ForCausalLM)
 
 
 def add_fused_lm_head(
-    model: PreTrainedModel, temperature: float = 1.0, outputs: tuple[str, ...] = ("log_probs",)
+    model: PreTrainedModel | PeftModel, temperature: float = 1.0, outputs: tuple[str, ...] = ("log_probs",)
 ) -> bool:
     """As trl.trainer.utils.add_fused_lm_head, and faster for a Mamba or Mamba-2 whose output head is frozen.
 
     `model(input_ids, labels=labels, fused_lm_head=True)` then returns TRL's FusedCausalLMOutput: the loss, and for each
     token what `outputs` name, without logits of the whole batch. TRL's own makes the logits again in backward; here the
-    gradient that they are for is made with them (see `kernels.head`), and the host does not wait to learn how many
-    labels there are. Gradients go through `loss`, `log_probs` and `entropy`.
+    gradient that they are for is made with them (see `peft_mamba.kernels.head`), and the host does not wait to learn
+    how many labels there are. Gradients go through `loss`, `log_probs` and `entropy`.
 
     TRL's trainers add theirs to the model; so call this once the trainer is made:
 
         trainer = SFTTrainer(model, ...)
-        peft_mamba.add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+        add_fused_lm_head(trainer.model, outputs=("log_probs", "entropy", "is_top1"))
 
     Where the head is trained, adapted, sharded or has a bias or a hook, TRL's own runs, at each forward anew.
 
     Args:
-        model: without PEFT's wrapper.
+        model: with adapters or without.
         temperature: that logits are divided by.
         outputs: "log_probs", "entropy", "is_top1", or what else TRL's knows, which TRL's own then computes.
 
     Returns:
         Whether ours runs where it can: False for a model of another family, or with outputs that are TRL's alone.
     """
-    from trl.trainer.utils import add_fused_lm_head as add_theirs
-
-    add_theirs(model, temperature=temperature, outputs=outputs)
-    if not isinstance(model, FAMILIES) or set(outputs) - {"log_probs", *OUTPUTS}:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    add_theirs(base, temperature=temperature, outputs=outputs)
+    if not isinstance(base, FAMILIES) or set(outputs) - {"log_probs", *OUTPUTS}:
         return False
     wanted = tuple(name for name in OUTPUTS if name in outputs)
-    model.forward = types.MethodType(_with_scores(model.forward, temperature, wanted), model)
+    base.forward = types.MethodType(_with_scores(base, temperature, wanted), base)
     return True
 
 
-def _with_scores(theirs: Callable[..., Any], temperature: float, outputs: tuple[str, ...]) -> Callable[..., Any]:
-    """The forward of a model, with our scores where they can be had, else `theirs`."""
-    from trl.trainer.utils import FusedCausalLMOutput
+def _with_scores(model: PreTrainedModel, temperature: float, outputs: tuple[str, ...]) -> Callable[..., Any]:
+    """A forward for a model that has TRL's: with our scores where they can be had, else as it was."""
+    theirs = model.forward
 
-    # The signature of the class, by which `generate` judges its arguments
-    @functools.wraps(modeling_mamba.MambaForCausalLM.forward)
+    # With the signature of the class, by which `generate` judges its arguments.
+    @functools.wraps(type(model).forward)
     def forward(
         self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs
     ) -> Any:
