@@ -63,8 +63,8 @@ def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> int:
     """Let the layers of every Mamba and Mamba-2 backbone in `model` that runs our mixers train through CUDA graphs.
 
     Holds for adapters on a model on one device; a graph takes the memory of one step for itself as long as its shape
-    keeps coming, and an output and a second copy of the adapters' gradients. What keeps a training forward from being
-    captured is logged, once a reason.
+    keeps coming, and an output and a second copy of the adapters' gradients; of weights that are moved while it is
+    there, the memory where they were. What keeps a training forward from being captured is logged, once a reason.
 
     Args:
         enabled: False goes back to launching kernels one by one.

@@ -60,6 +60,30 @@ def test_both_products_of_a_gradient(device, rows, columns, rank, dtype, monkeyp
     assert all(map(torch.equal, again, (q, d)))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(8, 200, 130), (1, 1, 1), (3, 50, 7), (16, 1024, 64)])
+@pytest.mark.parametrize("room", [True, False])
+def test_an_adapter_is_cast_by_one_kernel(device, monkeypatch, rank, inputs, outputs, dtype, room):
+    kernels = pytest.importorskip("peft_mamba.kernels.products_triton")
+    A, B = torch.randn(rank, inputs, device=device), torch.randn(outputs, rank, device=device)
+    wide = torch.full((outputs + 1, 5 + rank + 2), 7.0, dtype=dtype, device=device)
+    both = torch.full((3 + rank, inputs), 7.0, dtype=dtype, device=device)
+    places = {"down": both[2 : 2 + rank], "behind": wide[:outputs, 5 : 5 + rank]} if room else {}
+    monkeypatch.setattr(fused, "for_tensor", lambda name, x: kernels)
+    down, up = products.cast_adapter(A, B, 0.3, dtype, **places)
+    monkeypatch.setattr(fused, "for_tensor", lambda name, x: None)
+    a, b = products.cast_adapter(A, B, 0.3, dtype)
+    assert down.dtype == up.dtype == dtype and up.is_contiguous()
+    assert relative_rms(down, A) < TOLERANCE[dtype] and relative_rms(up, 0.3 * B) < TOLERANCE[dtype]
+    if device == "cuda":  # the interpreter cuts bfloat16 off
+        assert torch.equal(down, a) and torch.equal(up, b)
+    if room:
+        assert down.data_ptr() == places["down"].data_ptr() and torch.equal(places["behind"], up)
+        for place in places.values():
+            place.fill_(7.0)
+        assert (wide == 7.0).all() and (both == 7.0).all()
+
+
 @pytest.fixture
 def calls(device, monkeypatch):
     """Names of the kernels' functions that were called, on a CPU as on a GPU."""

@@ -76,6 +76,26 @@ def test_rows_are_copied_ahead_where_they_are_whole_pieces(scan, monkeypatch, sh
         assert layout.ring(u, u, z, states=(B, C)) == 0
 
 
+@pytest.mark.parametrize("where", ["neighbours", "apart", "the other way round", "of two dtypes", "padded"])
+def test_neighbours_are_converted_at_once(scan, where):
+    """B and C as parts of x_proj's output: the numbers are those of each alone, from one kernel where they can be."""
+    states = 3 if where == "padded" else 4
+    _, B, C = torch.randn(2, 5, 7 + 2 * states).bfloat16().split([7, states, states], dim=-1)
+    if where == "apart":
+        C = C.clone()
+    elif where == "the other way round":
+        B, C = C, B
+    elif where == "of two dtypes":
+        C = C.half()
+    layout = scan._Layout.of(torch.zeros(2, 5, 8), states, None)
+    made = layout.per_token(B, C)
+    for got, part in zip(made, (B, C), strict=True):
+        assert got.is_contiguous() and got.dtype == torch.float32 and got.shape == (2, 5, 4)
+        assert torch.equal(got[..., :states], part.float()) and not got[..., states:].any()
+    together = made[0].untyped_storage().data_ptr() == made[1].untyped_storage().data_ptr()
+    assert together == (where == "neighbours")
+
+
 @settings(max_examples=4, deadline=None)
 @given(
     batch=st.integers(1, 3),
