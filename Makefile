@@ -19,10 +19,10 @@ demo: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/mamba-study run divergence-mini -o $(DEMO_STUDY) --device cpu
 	@OMP_NUM_THREADS=1 $(BIN)/mamba-study report $(DEMO_STUDY)
 
-# Workers with a thread each: most tests wait for Python, few for arithmetic; on two cores two more workers compute while
+# Workers with a thread each: most tests wait for Python, few for arithmetic; on two cores a third worker computes while
 # others wait for processes that they have started.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) --no-print-directory test-triton
 else
