@@ -12,6 +12,8 @@ DEMO := OMP_NUM_THREADS=1 $(BIN)/lm_eval --model mamba_amp --tasks icl_gap_mini 
 
 DEMO_STUDY := mamba-studies/demo
 
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+
 demo: $(INSTALLED)
 	@log=$$(mktemp); $(DEMO) pretrained=mini-2 >$$log 2>&1 & \
 	$(DEMO) pretrained=mini; status=$$?; wait $$! || status=1; cat $$log; rm -f $$log; exit $$status
@@ -20,12 +22,13 @@ demo: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/mamba-study report $(DEMO_STUDY)
 
 # Workers with a thread each: most tests wait for Python, few for arithmetic; on two cores a third worker computes while
-# others wait for processes that they have started.
+# others wait for processes that they have started, and so does Triton's interpreter, of which we hear at the end.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 ifeq ($(shell uname -sm),Linux x86_64)
-	$(MAKE) --no-print-directory test-triton
+	@log=$$(mktemp); $(MAKE) --no-print-directory test-triton >$$log 2>&1 & \
+	$(TESTS); status=$$?; wait $$! || status=1; cat $$log; rm -f $$log; exit $$status
 else
+	$(TESTS)
 	@echo "The Triton kernels are not tested here: Triton has wheels for Linux only."
 endif
 

@@ -12,7 +12,7 @@ from .scan_cases import Case, check, draw, run
 CASES = {
     "plain": Case(),
     "fewer channels than lanes": Case(channels=7, states=5, length=3),
-    "several checkpoints": Case(batch=1, length=70, channels=33, states=8),
+    "several checkpoints": Case(batch=1, length=40, channels=33, states=8),
     "no z": Case(without=("z",)),
     "no D, no bias": Case(without=("D", "delta_bias")),
     "z is half of a wider tensor": Case(strided=True, length=5),
