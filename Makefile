@@ -12,7 +12,11 @@ DEMO := OMP_NUM_THREADS=1 $(BIN)/lm_eval --model mamba_amp --tasks icl_gap_mini 
 
 DEMO_STUDY := mamba-studies/demo
 
+# Workers with a thread each: most tests wait for Python, few for arithmetic. On two cores a third worker computes while
+# others wait for processes that they have started, and so does Triton's interpreter, of which we hear at the end.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+# The Triton kernels in Triton's interpreter, with the numpy that it needs in front of ours.
+TRITON_TESTS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(BIN)/python -m pytest -n 2 tests/triton
 
 demo: $(INSTALLED)
 	@log=$$(mktemp); $(DEMO) pretrained=mini-2 >$$log 2>&1 & \
@@ -21,20 +25,18 @@ demo: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/mamba-study run divergence-mini -o $(DEMO_STUDY) --device cpu
 	@OMP_NUM_THREADS=1 $(BIN)/mamba-study report $(DEMO_STUDY)
 
-# Workers with a thread each: most tests wait for Python, few for arithmetic; on two cores a third worker computes while
-# others wait for processes that they have started, and so does Triton's interpreter, of which we hear at the end.
-test: $(INSTALLED)
 ifeq ($(shell uname -sm),Linux x86_64)
-	@log=$$(mktemp); $(MAKE) --no-print-directory test-triton >$$log 2>&1 & \
+test: $(INSTALLED) $(INTERPRETER)/.installed
+	@log=$$(mktemp); $(TRITON_TESTS) >$$log 2>&1 & \
 	$(TESTS); status=$$?; wait $$! || status=1; cat $$log; rm -f $$log; exit $$status
 else
+test: $(INSTALLED)
 	$(TESTS)
 	@echo "The Triton kernels are not tested here: Triton has wheels for Linux only."
 endif
 
-# The Triton kernels in Triton's interpreter, with the numpy that it needs in front of ours.
 test-triton: $(INSTALLED) $(INTERPRETER)/.installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(BIN)/python -m pytest -n 2 tests/triton
+	$(TRITON_TESTS)
 
 $(INTERPRETER)/.installed: tests/triton/requirements.txt
 	$(PYTHON) -c "import shutil; shutil.rmtree('$(INTERPRETER)', ignore_errors=True)"
