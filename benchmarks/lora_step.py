@@ -102,7 +102,7 @@ def build(config: Any, arm: str, r: int, held: contextlib.ExitStack) -> tuple[An
     kind, what, precision = arm.split("-")
     model = random_model(config, DEVICE)
     add_head = fused_head.add_fused_lm_head if kind == "ours" else add_fused_lm_head
-    add_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
+    add_head(model, outputs=fused_head.SFT_OUTPUTS)  # as SFTTrainer does
     if kind == "ours":
         peft_mamba.use_mixers(model)
         if what != "full":

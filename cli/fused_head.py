@@ -23,6 +23,8 @@ from peft_mamba.mixers.projection import is_bare, is_linear
 
 Tensor = torch.Tensor
 
+# What SFTTrainer asks of the head.
+SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")
 FAMILIES = (modeling_mamba.MambaForCausalLM, modeling_mamba2.Mamba2ForCausalLM)
 
 
@@ -39,7 +41,7 @@ def add_fused_lm_head(
     TRL's trainers add theirs to the model; so call this once the trainer is made:
 
         trainer = SFTTrainer(model, ...)
-        add_fused_lm_head(trainer.model, outputs=("log_probs", "entropy", "is_top1"))
+        add_fused_lm_head(trainer.model, outputs=SFT_OUTPUTS)
 
     Where the head is trained, adapted, sharded or has a bias or a hook, TRL's own runs, at each forward anew.
 

@@ -24,10 +24,9 @@ from peft_mamba.precision import Precision
 
 from .distributed import sharded_launch
 from .errors import out_of_memory
-from .fused_head import add_fused_lm_head
+from .fused_head import SFT_OUTPUTS, add_fused_lm_head
 from .model import with_adapter
 from .settings import Settings, SettingsError
-from .trainer import OUTPUTS
 
 CPU_SHARE = 0.8  # of the memory that is free: there is no error to catch where a system swaps, or kills the process
 MARGIN = 0.1  # of a GPU's memory that a level below block leaves free: real batches differ from the one that is tried
@@ -217,7 +216,7 @@ class _Trial:
 
     def _run(self, size: int) -> bool:
         base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        add_fused_lm_head(base, outputs=OUTPUTS)  # as the trainer does
+        add_fused_lm_head(base, outputs=SFT_OUTPUTS)  # as the trainer does
         try:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
                 self._step(size, base.config.vocab_size)

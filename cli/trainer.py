@@ -21,13 +21,11 @@ from peft_mamba.nonfinite import NonFiniteError, first_nonfinite
 from peft_mamba.precision import Precision
 
 from . import distributed
-from .fused_head import add_fused_lm_head
+from .fused_head import SFT_OUTPUTS, add_fused_lm_head
 from .measures import Meter, Tally
 from .outputs import RunDirectory
 from .packed import FILLER, FullBatches
 
-# What SFTTrainer asks of the head.
-OUTPUTS = ("log_probs", "entropy", "is_top1")
 TRY = (
     "Try a lower --learning-rate, --warmup-steps, or --max-grad-norm below 1{more}; a new run can start from that "
     "checkpoint's weights with --model or peft=."
@@ -58,7 +56,7 @@ class MambaTrainer(SFTTrainer):
         self.precision = precision
         self.directory = directory
         super().__init__(*args, **kwargs)
-        add_fused_lm_head(self.model, outputs=OUTPUTS)
+        add_fused_lm_head(self.model, outputs=SFT_OUTPUTS)
         if full_batches:
             collate: Any = self.data_collator
             arguments: Any = self.args

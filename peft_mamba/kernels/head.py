@@ -93,8 +93,7 @@ class _Scores(torch.autograd.Function):
         made, gradient = _score(
             *(hidden, weight, targets, ctx.how, outputs), "log_probs" if ctx.needs_input_grad[0] else None
         )
-        ctx.again = "entropy" in outputs
-        ctx.save_for_backward(gradient, *((hidden, weight, targets) if ctx.again else ()))
+        ctx.save_for_backward(gradient, *((hidden, weight, targets) if "entropy" in outputs else ()))
         ctx.count = len(hidden)
         ctx.set_materialize_grads(False)
         return tuple(None if each is None else _spread(each, rows, len(targets)) for each in made)

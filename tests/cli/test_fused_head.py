@@ -14,7 +14,7 @@ import peft_mamba
 
 from ..peft_mamba.tiny import PRECISIONS, relative_rms, tiny_model, tokens
 
-OUTPUTS = ("log_probs", "entropy", "is_top1")
+OUTPUTS = fused_head.SFT_OUTPUTS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
