@@ -26,14 +26,11 @@ from .scan_ring import (
     DY,
     U,
     Z,
-    copy_group,
+    begin_copies,
     copy_state,
     fetch_rows,
     fetch_state,
-    ring_memory,
-    row_pieces,
     rows_of,
-    state_pieces,
     states_of,
     take_group,
 )
@@ -102,16 +99,11 @@ def scan_backward(
     else:
         kept = scratch + program * (CK // K * N * 32) + scratch_offsets(N)
     # Whole groups are taken from the last to the first; with RING each is copied while the one before it is computed.
-    turn = tl.zeros([], tl.int32)
     if RING:
-        ring = ring_memory(K, RING)
-        rows, distance, there = row_pieces(
-            u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, RING, True, HAS_Z
-        )
-        next_row = row + tokens // K * K - K
-        rows += next_row * distance
-        states = state_pieces(B + next_row * N, C + next_row * N)
-        copy_group(ring, turn, rows, distance, there, states, tokens >= K, K, RING)
+        ring, turn, rows, distance, there, states = begin_copies(
+            u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, B, C, block,
+            row + tokens // K * K - K, tokens >= K, K, RING, True, HAS_Z,
+        )  # fmt: skip
     else:
         rows, distance = row_sectors(
             u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, channels, K, True, HAS_Z, MASK_D

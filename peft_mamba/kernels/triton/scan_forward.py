@@ -6,18 +6,7 @@ import triton.language as tl
 from .elementwise import sigmoid
 from .scan_memory import keep, load, prefetch, row_sectors, scratch_offsets, state_sectors
 from .scan_programs import channels_of, first_checkpoint, kernel, penalty, place, program_of, step_size
-from .scan_ring import (
-    DELTA,
-    U,
-    Z,
-    copy_group,
-    ring_memory,
-    row_pieces,
-    rows_of,
-    state_pieces,
-    states_of,
-    take_group,
-)
+from .scan_ring import DELTA, U, Z, begin_copies, rows_of, states_of, take_group
 from .scan_tiles import (
     advance,
     decay_rates,
@@ -75,14 +64,11 @@ def scan_forward(
     resets += row
     checkpoints += (checkpoint * blocks + block) * (N * 32)
     whole = tokens // K * K
-    turn = tl.zeros([], tl.int32)
     if RING:
-        ring = ring_memory(K, RING)
-        rows, distance, there = row_pieces(
-            u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, RING, False, HAS_Z
-        )
-        states = state_pieces(B, C)
-        copy_group(ring, turn, rows, distance, there, states, whole > 0, K, RING)
+        ring, turn, rows, distance, there, states = begin_copies(
+            u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, B, C, block, 0, whole > 0,
+            K, RING, False, HAS_Z,
+        )  # fmt: skip
     else:
         rows, distance = row_sectors(
             u, delta, u, z, stride_u, stride_delta, stride_u, stride_z, block, channels, K, False, HAS_Z, MASK_D

@@ -32,7 +32,7 @@ _RESERVE_4_HALF, _RESERVE_4_FLOAT = _reserve(4, 2), _reserve(4, 4)
 
 
 @triton.jit
-def ring_memory(K: tl.constexpr, ITEM: tl.constexpr):
+def _ring_memory(K: tl.constexpr, ITEM: tl.constexpr):
     """The address of a program's room for two groups of 2 or of 4 tokens."""
     if K == 2 and ITEM == 2:
         return tl.inline_asm_elementwise(_RESERVE_2_HALF, "=r,r", [0], tl.int32, False, 1)
@@ -45,11 +45,11 @@ def ring_memory(K: tl.constexpr, ITEM: tl.constexpr):
 
 
 @triton.jit
-def row_pieces(
+def _row_pieces(
     u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block,
     ITEM: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr,
 ):  # fmt: skip
-    """For `copy_group`, one a lane: the first piece of the first rows, bytes from row to row, whether there is any."""
+    """For `_copy_group`, one a lane: the first piece of the first rows, bytes from row to row, whether there is any."""
     tensor = tl.arange(0, 32) // 8
     address, distance = _piece(u, stride_u, block, ITEM)
     other, step = _piece(delta, stride_delta, block, ITEM)
@@ -76,8 +76,8 @@ def _piece(tensor, stride, block, ITEM: tl.constexpr):
 
 
 @triton.jit
-def state_pieces(B, C):
-    """For `copy_group`, one a lane: the first piece of B, or of C for the upper half of the lanes."""
+def _state_pieces(B, C):
+    """For `_copy_group`, one a lane: the first piece of B, or of C for the upper half of the lanes."""
     lane = tl.arange(0, 32)
     return tl.where(lane < 16, B.to(tl.int64), C.to(tl.int64)) + lane % 16 * 16
 
@@ -89,7 +89,7 @@ def _group_of(ring, turn, K: tl.constexpr, ITEM: tl.constexpr):
 
 
 @triton.jit
-def copy_group(ring, turn, rows, distance, there, states, some, K: tl.constexpr, ITEM: tl.constexpr):
+def _copy_group(ring, turn, rows, distance, there, states, some, K: tl.constexpr, ITEM: tl.constexpr):
     """Begin to copy K rows of every tensor, from those at `rows` and `states` on; of none unless `some`."""
     group = _group_of(ring, turn, K, ITEM)
     lane = tl.arange(0, 32)
@@ -144,6 +144,26 @@ def _fetch(address):
 
 
 @triton.jit
+def begin_copies(
+    u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, B, C, block, first, some,
+    K: tl.constexpr, ITEM: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """Begin to copy the group of K rows from `first` on, if there is `some`.
+
+    Returns the ring, turn, rows, distance, there and states for `take_group`.
+    """
+    turn = tl.zeros([], tl.int32)
+    ring = _ring_memory(K, ITEM)
+    rows, distance, there = _row_pieces(
+        u, delta, dy, z, stride_u, stride_delta, stride_dy, stride_z, block, ITEM, HAS_DY, HAS_Z
+    )
+    rows += first * distance
+    states = _state_pieces(B + first * STATES, C + first * STATES)
+    _copy_group(ring, turn, rows, distance, there, states, some, K, ITEM)
+    return ring, turn, rows, distance, there, states
+
+
+@triton.jit
 def take_group(
     ring, turn, rows, distance, there, states, more, K: tl.constexpr, BACK: tl.constexpr, ITEM: tl.constexpr
 ):  # fmt: skip
@@ -160,7 +180,7 @@ def take_group(
     else:
         rows += K * distance
         states += K * (STATES * 4)
-    copy_group(ring, turn, rows, distance, there, states, more, K, ITEM)
+    _copy_group(ring, turn, rows, distance, there, states, more, K, ITEM)
     return group, turn, rows, states
 
 

@@ -9,18 +9,7 @@ import triton.language as tl
 
 from .elementwise import LOG2E, sigmoid
 from .scan_programs import RESET, channels_of, kernel, penalty, place, program_of, step_size
-from .scan_ring import (
-    DELTA,
-    U,
-    Z,
-    copy_group,
-    ring_memory,
-    row_pieces,
-    rows_of,
-    state_pieces,
-    states_of,
-    take_group,
-)
+from .scan_ring import DELTA, U, Z, begin_copies, rows_of, states_of, take_group
 from .scan_tiles import (
     advance,
     decay_rates,
@@ -66,13 +55,10 @@ def scan_ends(
     whole = 0
     if RING:
         whole = tokens // K * K
-        turn = tl.zeros([], tl.int32)
-        ring = ring_memory(K, RING)
-        rows, distance, there = row_pieces(
-            u, delta, u, u, stride_u, stride_delta, stride_u, stride_u, block, RING, False, False
-        )
-        states = state_pieces(B + row * N, B + row * N)
-        copy_group(ring, turn, rows, distance, there, states, whole > 0, K, RING)
+        ring, turn, rows, distance, there, states = begin_copies(
+            u, delta, u, u, stride_u, stride_delta, stride_u, stride_u, B + row * N, B + row * N, block, 0, whole > 0,
+            K, RING, False, False,
+        )  # fmt: skip
         for t in range(0, whole, K):
             group, turn, rows, states = take_group(
                 ring, turn, rows, distance, there, states, t + K < whole, K, False, RING
@@ -142,15 +128,10 @@ def scan_ends_backward(
     if RING:
         # Groups are counted from the segment's end.
         whole = tokens // K * K
-        turn = tl.zeros([], tl.int32)
-        ring = ring_memory(K, RING)
-        rows, distance, there = row_pieces(
-            dy, delta, dy, z, stride_dy, stride_delta, stride_dy, stride_z, block, RING, False, HAS_Z
-        )
-        last = row + tokens - K
-        rows += last * distance
-        states = state_pieces(C + last * N, C + last * N)
-        copy_group(ring, turn, rows, distance, there, states, whole > 0, K, RING)
+        ring, turn, rows, distance, there, states = begin_copies(
+            dy, delta, dy, z, stride_dy, stride_delta, stride_dy, stride_z, C, C, block,
+            row + tokens - K, whole > 0, K, RING, False, HAS_Z,
+        )  # fmt: skip
         for back in range(0, whole, K):
             group, turn, rows, states = take_group(
                 ring, turn, rows, distance, there, states, back + K < whole, K, True, RING
